@@ -1,0 +1,36 @@
+"""disttrain config: the resolved settings, and where each came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from disttrain.config.load import flat_items, load_config
+
+
+def config_command(
+    config: Annotated[Path, typer.Argument(help="A TOML file or a run folder.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key.path=value.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Values only, as JSON.")] = False,
+) -> None:
+    """Show the resolved config as TOML, with the origin of each value."""
+    loaded = load_config(config, overrides or [])
+    if as_json:
+        print(json.dumps(loaded.config.model_dump(mode="json"), indent=2))
+        return
+    section = ""
+    for key, value in sorted(flat_items(loaded.config).items(), key=lambda item: "." in item[0]):
+        table, _, leaf = key.rpartition(".")
+        if table != section:
+            print(f"\n[{table}]")
+            section = table
+        setting = f"# {leaf} is not set" if value is None else f"{leaf} = {_toml(value)}"
+        print(f"{setting:<44} # {loaded.origins.get(key, 'default')}")
+
+
+def _toml(value: object) -> str:
+    """JSON spells strings, numbers, booleans and lists as TOML does."""
+    return json.dumps(value)

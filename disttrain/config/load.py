@@ -1,0 +1,147 @@
+"""Loading a config: every error at once, each with its place, what is wrong and the nearest valid key."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from disttrain.config.run import RunConfig
+from disttrain.config.sources import Values, read_values
+from disttrain.errors import UserError
+
+_OTHER_NAMES = {
+    "learning_rate": "optim.lr",
+    "batch_size": "train.global_batch_tokens",
+    "micro_batch_size": "train.microbatch_size",
+    "max_steps": "train.steps",
+    "max_seq_len": "train.sequence_length",
+    "block_size": "train.sequence_length",
+    "max_grad_norm": "optim.clip_norm",
+    "warmup": "schedule.warmup_steps",
+    "world_size": "train.nproc",
+    "save_every": "checkpoint.every",
+}
+"""What other frameworks call our keys: spelling alone would not lead there."""
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    config: RunConfig
+    origins: dict[str, str]
+    """Dotted key to the place that set it; keys that are not here have their default."""
+
+
+def load_config(path: Path, overrides: list[str], nproc: int | None = None, world: int | None = None) -> LoadedConfig:
+    """Read, merge and check a config file or run folder.
+
+    `nproc` is the command line's number of processes, `world` that of a launcher which has started already; with
+    either (or `train.nproc`) the mesh and batch arithmetic is checked too. Raises UserError with all problems at once.
+    """
+    values = read_values(path, overrides)
+    if nproc is not None:
+        values.set("train.nproc", nproc, "--nproc")
+    table = values.table
+    if path.is_dir():
+        values.set("run.dir", str(path), "the run folder")
+    if "name" not in (run := table.get("run", {})) and isinstance(run, dict):
+        values.set("run.name", path.stem or path.resolve().name, "the config file's name")
+    try:
+        config, problems, broken = RunConfig.model_validate(table), [], frozenset[str]()
+    except ValidationError as error:
+        problems = [_in_words(detail, values) for detail in error.errors()]
+        broken = frozenset(str(detail["loc"][0]) for detail in error.errors() if detail["loc"])
+        config = _without_sections(table, broken)
+    if config is not None:
+        problems += layout_problems(config, world or config.train.nproc, broken)
+    if problems or config is None:
+        raise UserError(problems)
+    return LoadedConfig(config, values.origins)
+
+
+def layout_problems(config: RunConfig, world: int | None, broken: frozenset[str] = frozenset()) -> list[str]:
+    """What does not multiply or divide on `world` processes; sections named in `broken` are not judged."""
+    if world is None or "parallel" in broken:
+        return []
+    try:
+        config.dims(world) if "train" in broken else config.batch_plan(world)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def flat_items(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and values of a section and the sections in it."""
+    items: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            items |= flat_items(value, f"{prefix}{name}.")
+        else:
+            items[prefix + name] = value
+    return items
+
+
+def valid_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key that a config may set."""
+    keys: list[str] = []
+    for name, info in section.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += valid_keys(inner, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _without_sections(table: dict[str, Any], broken: frozenset[str]) -> RunConfig | None:
+    """The config with the broken sections at their defaults, so that the sound ones can be judged together."""
+    rest = {key: value for key, value in table.items() if key not in broken}
+    rest.setdefault("train", {"steps": 1})
+    try:
+        return RunConfig.model_validate(rest)
+    except ValidationError:
+        return None
+
+
+def _in_words(detail: Any, values: Values) -> str:
+    """One line for one of pydantic's errors."""
+    key = ".".join(str(part) for part in detail["loc"])
+    # A key in a list or union carries an index behind the name that the user wrote.
+    place = next((values.origins[k] for k in _with_parents(key) if k in values.origins), None)
+    place = place or next((origin for k, origin in values.origins.items() if k.startswith(f"{key}.")), None)
+    where = f"{place}: {key}" if place else key
+    if detail["type"] == "extra_forbidden":
+        nearest = _nearest_key(key)
+        return f"{where}: unknown key" + (f"; nearest valid key: {nearest}" if nearest else "")
+    if detail["type"] == "missing":
+        return f"{where}: missing; set it in the file or as an override"
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        return f"{where}: a section, written as a [{key}] table (got {detail['input']!r})"
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    got = "" if isinstance(detail["input"], dict) else f" (got {detail['input']!r})"
+    return f"{where}: {message}{got}"
+
+
+def _with_parents(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+
+
+def _nearest_key(key: str) -> str | None:
+    leaf = key.rsplit(".", 1)[-1]
+    if leaf in _OTHER_NAMES:
+        return _OTHER_NAMES[leaf]
+    keys = valid_keys()
+    if "." not in key and (section := difflib.get_close_matches(key, RunConfig.model_fields, n=1)):
+        return section[0]
+    if same_leaf := [valid for valid in keys if valid.rsplit(".", 1)[-1] == leaf]:
+        return same_leaf[0]
+    if near := difflib.get_close_matches(key, keys, n=1, cutoff=0.6):
+        return near[0]
+    leaves = {valid.rsplit(".", 1)[-1]: valid for valid in keys}
+    near = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
+    return leaves[near[0]] if near else None

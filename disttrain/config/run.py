@@ -1,0 +1,55 @@
+"""The whole configuration of a run: one frozen section per concern."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from disttrain.config.base import Section
+from disttrain.config.data import DataConfig
+from disttrain.config.layout import BatchPlan, ParallelDims
+from disttrain.config.model import ModelConfig
+from disttrain.config.optim import OptimConfig, ScheduleConfig
+from disttrain.config.train import (
+    CheckpointConfig,
+    MonitorConfig,
+    ParallelConfig,
+    ResilienceConfig,
+    RunSection,
+    TrainConfig,
+)
+
+
+class RunConfig(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA when torch can use one, else the CPU; a GPU that torch cannot use is an error, not a CPU run."""
+    run: RunSection = Field(default_factory=RunSection)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+    resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir).expanduser() if self.run.dir else Path("runs") / self.run.name
+
+    def dims(self, world: int) -> ParallelDims:
+        """The mesh for `world` processes; ValueError if it does not multiply."""
+        return ParallelDims.resolve(self.parallel.strategy, self.parallel.dp_replicate, self.parallel.dp_shard, world)
+
+    def batch_plan(self, world: int) -> BatchPlan:
+        """How a global batch is cut over `world` processes; ValueError if it does not divide."""
+        train = self.train
+        ranks = self.dims(world).batch
+        return BatchPlan.resolve(train.global_batch_tokens, train.sequence_length, train.microbatch_size, ranks)
+
+    def with_vocab_size(self, vocab_size: int) -> RunConfig:
+        """A copy whose model knows its vocabulary."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})

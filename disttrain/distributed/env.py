@@ -1,0 +1,57 @@
+"""Who this process is and what the machine shows: the one place that reads the environment. No torch here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all, and among those of its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    elastic: bool = False
+    """An elastic agent started us: it restarts whatever leaves with another code than 0."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """What torchrun (or a launcher that sets the same variables) says; a process of its own without one."""
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return Ranks()
+    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    return Ranks(
+        rank=rank,
+        world=world,
+        local_rank=int(environment.get("LOCAL_RANK", rank)),
+        local_world=int(environment.get("LOCAL_WORLD_SIZE", world)),
+        elastic="TORCHELASTIC_RUN_ID" in environment,
+    )
+
+
+def visible_gpus(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> str | None:
+    """Where this machine shows a GPU, in words: the scheduler's variables or the driver's files; None without one."""
+    for variable in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "NVIDIA_VISIBLE_DEVICES"):
+        value = environment.get(variable)
+        if value is not None and value.strip() not in ("", "-1", "none", "void", "all", "NoDevFiles"):
+            return f"{variable}={value}"
+        if variable == "CUDA_VISIBLE_DEVICES" and value is not None:
+            return None  # set to nothing: somebody hid the GPUs on purpose
+    gpus = root / "proc/driver/nvidia/gpus"
+    if gpus.is_dir() and any(gpus.iterdir()):
+        return str(gpus)
+    return None
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; a container or job may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,62 @@
+"""The device of this process and the process group of the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from disttrain.distributed.env import Ranks, usable_cores, visible_gpus
+from disttrain.errors import UserError
+
+
+def select_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """`auto`, `cpu` or `cuda` made real. UserError for a GPU that is there (or wanted) but that torch cannot use."""
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise UserError(
+                f"this machine runs process {local_rank + 1} but torch sees {count} GPUs: one process per GPU; "
+                f"use --nproc {count}"
+            )
+        return torch.device("cuda", local_rank)
+    seen = visible_gpus()
+    if seen or wanted == "cuda":
+        why = f"{seen} shows a GPU" if seen else 'device = "cuda"'
+        raise UserError(
+            f"{why}, but torch {torch.__version__} cannot use one: install a CUDA build that fits the driver "
+            f'(nvidia-smi shows it), or say device="cpu" to train on the CPU'
+        )
+    return torch.device("cpu")
+
+
+def default_processes(device: torch.device) -> int:
+    """Processes to start on this machine when nobody said: one per GPU, or one."""
+    return torch.cuda.device_count() if device.type == "cuda" else 1
+
+
+@contextmanager
+def distributed(ranks: Ranks, device: torch.device, timeout_seconds: float) -> Iterator[None]:
+    """The process group of the run: nccl for CUDA tensors, gloo for CPU tensors (the control messages of a GPU run too).
+
+    A CPU rank computes with its share of the machine's cores. On an error the group is left alone: peers may be gone,
+    and a teardown that waits for them would hide the error.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, usable_cores() // ranks.local_world))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if ranks.world == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
+    yield
+    dist.destroy_process_group()

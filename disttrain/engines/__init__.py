@@ -1,0 +1,6 @@
+"""Who runs the step: a small protocol and its implementations."""
+
+from disttrain.engines.native import NativeEngine
+from disttrain.engines.protocol import Engine
+
+__all__ = ["Engine", "NativeEngine"]

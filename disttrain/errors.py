@@ -1,0 +1,22 @@
+"""Errors that are written for people, and the exit codes that scripts rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_PREEMPTED = 75
+"""Stopped on request with a committed checkpoint: start me again (EX_TEMPFAIL of sysexits.h)."""
+
+
+class UserError(Exception):
+    """Bad input: each problem is one line with the place, what is wrong, the arithmetic and the remedy.
+
+    The commands print the problems without a traceback and leave with `EXIT_BAD_INPUT`.
+    """
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))

@@ -1,0 +1,1 @@
+"""The trainer. `folder` and `preflight` need no torch: import from the modules."""

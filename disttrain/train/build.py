@@ -1,0 +1,83 @@
+"""From a config to the parts of a run: straight-line calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from disttrain.config import ModelConfig, RunConfig
+from disttrain.data.loader import BatchLoader, SampleOrder
+from disttrain.data.source import Data
+from disttrain.distributed.env import Ranks
+from disttrain.distributed.mesh import build_mesh
+from disttrain.engines import NativeEngine
+from disttrain.models import GPT, GPT_PLAN, init_parameters
+from disttrain.optim import build_optimizer
+from disttrain.parallel import parallelize
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a loop needs: `model` is the parallel module that is called, `gpt` the module inside it."""
+
+    gpt: GPT
+    model: nn.Module
+    engine: NativeEngine
+    order: SampleOrder
+    loader: BatchLoader
+    batch_samples: int
+
+
+def build_training(config: RunConfig, data: Data, ranks: Ranks, device: torch.device) -> Training:
+    """Model, optimizer, engine and loader of this rank, on the process group that is there. Collective."""
+    plan = config.batch_plan(ranks.world)
+    mesh = build_mesh(config.dims(ranks.world), device.type)
+    gpt, model = build_model(
+        config.model,
+        max_length=config.train.sequence_length,
+        mesh=mesh,
+        strategy=config.parallel.strategy,
+        seed=config.train.seed,
+        device=device,
+    )
+    engine = NativeEngine(
+        model,
+        build_optimizer(gpt, config.optim, GPT_PLAN),
+        clip_norm=config.optim.clip_norm,
+        grad_accumulation=config.parallel.grad_accumulation,
+    )
+    order = SampleOrder(data.train, config.train.sequence_length, config.train.seed)
+    loader = BatchLoader(order, plan.samples, plan.microbatch, ranks.rank, ranks.world)
+    return Training(gpt, model, engine, order, loader, plan.samples)
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    max_length: int,
+    mesh: DeviceMesh,
+    strategy: str,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[GPT, nn.Module]:
+    """The GPT, cut for `strategy` over `mesh`, with its initial weights; and the module to call in its place."""
+    gpt = build_gpt(config, max_length, torch.device("meta"), dtype)
+
+    def materialise(module: nn.Module) -> None:
+        module.to_empty(device=device)
+        gpt.tie_weights()
+        init_parameters(gpt, seed)
+
+    return gpt, parallelize(gpt, mesh, strategy, GPT_PLAN, materialise)
+
+
+def build_gpt(
+    config: ModelConfig, max_length: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> GPT:
+    """A GPT on one device, with whatever torch left in its parameters."""
+    with device:
+        return GPT(config, max_length).to(dtype)

@@ -1,0 +1,84 @@
+"""The run folder: its files, its state, and the lock that keeps a second run out. No torch here."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from disttrain.config import RunConfig
+from disttrain.errors import UserError
+
+State = Literal["running", "completed", "preempted", "failed"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    def read_status(self) -> dict[str, Any]:
+        """The last known state and step; empty before the first run."""
+        try:
+            status = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return {}
+        return status if isinstance(status, dict) else {}
+
+    def write_status(self, state: State, step: int) -> None:
+        self._write_json("status.json", {"state": state, "step": step})
+
+    def write_config(self, config: RunConfig) -> None:
+        self._write_json("config.json", config.model_dump(mode="json"))
+
+    def add_sample(self, step: int, text: str) -> None:
+        with (self.path / "samples.txt").open("a", encoding="utf-8") as file:
+            file.write(f"--- step {step}\n{text}\n")
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Make the folder and hold it; UserError when another process does. Forked ranks hold it with us."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be the run folder: {error.strerror}; set run.dir") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                lock.seek(0)
+                owner = lock.read().strip() or "another process"
+                raise UserError(
+                    f"{self.path}: {owner} is running here; wait for it or give this run a name of its own (run.name=...)"
+                ) from error
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            yield
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        whole = self.path / f"{name}.tmp"
+        whole.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        whole.replace(self.path / name)

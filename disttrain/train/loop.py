@@ -1,0 +1,183 @@
+"""The training loop: step, look, save, until the end or a wish to stop."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from disttrain.checkpoint.manager import CheckpointManager
+from disttrain.data.loader import validation_batches
+from disttrain.distributed.env import Ranks
+from disttrain.flops import training_flops_per_token
+from disttrain.monitor import MetricBuffer
+from disttrain.parallel import parameters_will_change
+from disttrain.resilience import StopRequest
+from disttrain.schedule import lr_factor
+from disttrain.train.build import build_training
+from disttrain.train.evaluate import evaluate
+from disttrain.train.finish import bigram_line, sample_text
+from disttrain.train.folder import State
+from disttrain.train.output import RunOutput
+from disttrain.train.preflight import PreparedRun
+from disttrain.train.step import train_step
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is: optimizer steps done, samples and tokens consumed."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+    def after(self, samples: int, sequence_length: int) -> Position:
+        return Position(self.step + 1, self.samples + samples, self.tokens + samples * sequence_length)
+
+
+def run_training(run: PreparedRun, ranks: Ranks, device: torch.device) -> State:
+    """Train to the end or to a requested stop, from the newest checkpoint if there is one. Collective.
+
+    Raises UserError (on every rank) when the data, a checkpoint or the disk cannot be used.
+    """
+    with StopRequest() as stop:
+        loop = TrainingLoop(run, ranks, device)
+        state = loop.run(stop)
+        loop.output.leave(state, loop.position.step)
+    return state
+
+
+class TrainingLoop:
+    """The parts of a run on one rank, and the position that they have reached."""
+
+    def __init__(self, run: PreparedRun, ranks: Ranks, device: torch.device) -> None:
+        self.run_id, self.config, self.data, self.ranks, self.device = run.run_id, run.config, run.data, ranks, device
+        self.parts = build_training(run.config, run.data, ranks, device)
+        self.checkpoints = CheckpointManager(run.folder.checkpoints, run.config.checkpoint.keep_last, run.run_id)
+        self.metrics = MetricBuffer({"loss_sum": "sum", "data_seconds": "max"}, device)
+        self.position, notes = self._resume()
+        self.output = RunOutput(run, ranks, self.position.step, notes)
+        self.first_step = self.logged_step = self.position.step
+        self.logged_at = time.perf_counter()
+
+    def run(self, stop: StopRequest) -> State:
+        config, total = self.config, self.config.train.total_steps
+        while self.position.step < total:
+            stopping = self._step(stop.wanted)
+            step = self.position.step
+            if step % config.checkpoint.every == 0 or step == total or stopping:
+                self._save()
+            if stopping and step < total:
+                return "preempted"
+            if step % config.monitor.evaluate_every == 0 or step == total:
+                self._evaluate()
+        self._finish()
+        return "completed"
+
+    def _step(self, stop_wanted: bool) -> bool:
+        """One optimizer step; whether the ranks have agreed to stop after it."""
+        began = time.perf_counter()
+        batches = self.parts.loader.microbatches(self.position.samples)
+        self.metrics.add("data_seconds", time.perf_counter() - began)
+        reached = self.position.after(self.parts.batch_samples, self.config.train.sequence_length)
+        factor = self._lr_factor(reached)
+        result = train_step(
+            self.parts.engine,
+            [(torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)) for batch in batches],
+            lr_factor=factor,
+            device=self.device,
+            stop_wanted=stop_wanted,
+        )
+        self.position, step = reached, reached.step
+        if step % self.config.monitor.log_every == 0 or step in (self.first_step + 1, self.config.train.total_steps):
+            self.metrics.add("loss_sum", result.loss_sum)
+            self._log(result.valid_tokens, factor, result.grad_norm)
+        return result.stop
+
+    def _lr_factor(self, reached: Position) -> float:
+        schedule, batch_tokens = self.config.schedule, self.config.train.global_batch_tokens
+        return lr_factor(
+            schedule.shape,
+            reached.tokens,
+            warmup_tokens=schedule.warmup_steps * batch_tokens,
+            horizon_tokens=(schedule.horizon_steps or self.config.train.total_steps) * batch_tokens,
+            final_ratio=schedule.final_ratio,
+        )
+
+    def _log(self, valid_tokens: int, factor: float, grad_norm: Tensor) -> None:
+        """The loss of this very step, so that a trace does not depend on where a run was resumed."""
+        reduced = self.metrics.reduce()
+        now, steps = time.perf_counter(), self.position.step - self.logged_step
+        step_seconds = (now - self.logged_at) / steps
+        tokens_per_second = self.config.train.global_batch_tokens / step_seconds
+        model = self.config.model
+        flops = training_flops_per_token(
+            self.parts.gpt.matmul_parameters, model.n_layers, model.d_model, self.config.train.sequence_length
+        )
+        self.output.log(
+            {
+                "step": self.position.step,
+                "tokens": self.position.tokens,
+                "loss": reduced["loss_sum"] / max(valid_tokens, 1),
+                "lr": self.config.optim.lr * factor,
+                "grad_norm": grad_norm.item(),
+                "valid_tokens": valid_tokens,
+                "tokens_per_second": tokens_per_second,
+                "model_flops_per_second": tokens_per_second * flops,
+                "step_seconds": step_seconds,
+                "data_seconds": reduced["data_seconds"],
+                "seconds_left": step_seconds * (self.config.train.total_steps - self.position.step),
+            }
+        )
+        self.logged_step, self.logged_at = self.position.step, now
+
+    def _evaluate(self) -> None:
+        train = self.config.train
+        batches = validation_batches(
+            self.data.validation,
+            train.sequence_length,
+            self.config.monitor.evaluate_tokens,
+            self.ranks.rank,
+            self.ranks.world,
+            train.microbatch_size,
+        )
+        began = time.perf_counter()
+        tokenizer = self.data.tokenizer
+        result = evaluate(self.parts.model, batches, tokenizer and tokenizer.bytes_per_token, self.device)
+        self.output.log_validation(self.position.step, self.position.tokens, result.loss, result.bits_per_byte)
+        self.logged_at += time.perf_counter() - began
+
+    def _resume(self) -> tuple[Position, list[str]]:
+        """Load the newest checkpoint that verifies; the position it stands for, and what to tell about it."""
+        found = self.checkpoints.latest()
+        if found is None:
+            return Position(), []
+        parameters_will_change(self.parts.model)
+        self.checkpoints.load(self.parts.engine.state(), found)
+        manifest = found.manifest
+        notes = [*found.rejected, f"resumed from {found.directory} (step {manifest.step})"]
+        return Position(manifest.step, manifest.samples, manifest.tokens), notes
+
+    def _save(self) -> None:
+        began = time.perf_counter()
+        self.checkpoints.save(
+            self.parts.engine.state(),
+            step=self.position.step,
+            samples=self.position.samples,
+            tokens=self.position.tokens,
+            config=self.config.model_dump(mode="json"),
+            data=self.data.identity,
+            strategy=self.config.parallel.strategy,
+        )
+        self.logged_at += time.perf_counter() - began
+
+    def _finish(self) -> None:
+        """A sample (every rank computes it: the model may be sharded), and the bar to compare with."""
+        text = sample_text(self.parts.model, self.data.tokenizer, self.config, self.device)
+        parameters_will_change(self.parts.model)
+        if self.ranks.is_first:
+            if self.config.monitor.bigram_baseline:
+                self.output.say(bigram_line(self.config, self.data, self.parts.order, self.position.samples))
+            self.output.sample(self.position.step, text)

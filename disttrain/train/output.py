@@ -1,0 +1,60 @@
+"""What the first rank writes and shows; the other ranks have the same object and say nothing."""
+
+from __future__ import annotations
+
+from disttrain.distributed.env import Ranks
+from disttrain.monitor import ConsoleSink, JsonlSink
+from disttrain.train.folder import State
+from disttrain.train.preflight import PreparedRun
+
+
+class RunOutput:
+    """The run folder's files and the console of a run that starts or resumes at `step`."""
+
+    def __init__(self, run: PreparedRun, ranks: Ranks, step: int, notes: list[str]) -> None:
+        self.folder = run.folder
+        self.console: ConsoleSink | None = None
+        if not ranks.is_first:
+            return
+        self.folder.write_config(run.config)
+        self.folder.write_status("running", step)
+        if run.data.tokenizer is not None:
+            run.data.tokenizer.save(self.folder.tokenizer)
+        self.jsonl = JsonlSink(self.folder.metrics, resumed_step=step)
+        self.console = ConsoleSink(run.config.train.total_steps, step)
+        for note in notes:
+            self.console.say(note)
+
+    def say(self, text: str) -> None:
+        if self.console is not None:
+            self.console.say(text)
+
+    def log(self, record: dict[str, float]) -> None:
+        if self.console is not None:
+            self.jsonl.log(record)
+            self.console.log(record)
+
+    def log_validation(self, step: int, tokens: int, loss: float, bits_per_byte: float | None) -> None:
+        if self.console is None:
+            return
+        record = {"step": step, "tokens": tokens, "validation_loss": loss}
+        if bits_per_byte is not None:
+            record["validation_bits_per_byte"] = bits_per_byte
+        self.jsonl.log(record)
+        shown = "n/a (no tokenizer)" if bits_per_byte is None else f"{bits_per_byte:.4f}"
+        self.console.say(f"validation at step {step}: loss {loss:.4f}, bits per byte {shown}")
+
+    def sample(self, step: int, text: str | None) -> None:
+        if self.console is not None and text:
+            self.folder.add_sample(step, text)
+            self.console.say(f"sample after {step} steps:\n{text}")
+
+    def leave(self, state: State, step: int) -> None:
+        """The last word of a run that ends as it should."""
+        if self.console is None:
+            return
+        self.jsonl.close()
+        self.console.close()
+        self.folder.write_status(state, step)
+        done = "done" if state == "completed" else "stopped on request with a checkpoint; start again to resume"
+        self.console.say(f"{done}: step {step}, {self.folder.path}")

@@ -1,0 +1,129 @@
+"""Everything that can be refused before a process is started or torch imported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from disttrain.checkpoint.manifest import committed_steps, read_manifest
+from disttrain.config import RunConfig
+from disttrain.config.load import flat_items
+from disttrain.data.source import Data, check_length, check_token_ids, open_data
+from disttrain.errors import UserError
+from disttrain.train.folder import RunFolder
+
+_FIXED = ("model.", "train.sequence_length", "train.seed")
+"""What a checkpoint's weights and data position depend on: another value is another run."""
+_SILENT = ("run.", "monitor.", "data.")
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A checked run: `config` knows its vocabulary, `data` is open, `notes` are lines to print."""
+
+    config: RunConfig
+    data: Data
+    folder: RunFolder
+    run_id: str
+    notes: tuple[str, ...]
+
+
+def is_complete(config: RunConfig) -> bool:
+    """The run folder says that this run has done all its steps."""
+    status = RunFolder(config.run_dir).read_status()
+    return (
+        config.run.resume != "never"
+        and status.get("state") == "completed"
+        and status.get("step", 0) >= config.train.total_steps
+    )
+
+
+def prepare_run(config: RunConfig) -> PreparedRun:
+    """Open the data, settle the vocabulary, and compare with what the run folder already holds; UserError otherwise."""
+    data = open_config_data(config)
+    check_length(data, config.train.sequence_length)
+    vocab_size = _vocabulary(config, data)
+    check_token_ids(data, vocab_size)
+    config = config.with_vocab_size(vocab_size)
+    folder = RunFolder(config.run_dir)
+    notes = (*data.notes, *_compare_with_checkpoint(config, data, folder))
+    return PreparedRun(config, data, folder, _run_id(config, data), notes)
+
+
+def open_config_data(config: RunConfig) -> Data:
+    section = config.data
+    return open_data(
+        source=section.source,
+        path=section.path,
+        tokenizer=section.tokenizer,
+        vocab_size=section.vocab_size,
+        validation_fraction=section.validation_fraction,
+        cache_directory=Path(section.cache_dir).expanduser(),
+        seed=config.train.seed,
+    )
+
+
+def _vocabulary(config: RunConfig, data: Data) -> int:
+    wanted = config.model.vocab_size
+    if data.tokenizer is None:
+        if wanted is None:
+            raise UserError(
+                f"data.path = {config.data.path}: token files do not say how large their vocabulary is; set "
+                "model.vocab_size (GPT-2: 50257), or data.tokenizer to the tokenizer.json that made them"
+            )
+        return wanted
+    if wanted is not None and wanted < data.tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {wanted} is smaller than the tokenizer's {data.tokenizer.vocab_size} entries; "
+            "raise it or leave it out"
+        )
+    return wanted or data.tokenizer.vocab_size
+
+
+def _compare_with_checkpoint(config: RunConfig, data: Data, folder: RunFolder) -> list[str]:
+    """Lines about what changed since the newest checkpoint; UserError for what must not."""
+    steps = committed_steps(folder.checkpoints)
+    if config.run.resume == "must" and not steps:
+        raise UserError(f'run.resume = "must", but {folder.checkpoints} holds no checkpoint; train first, or drop it')
+    if config.run.resume == "never" and steps:
+        raise UserError(
+            f'run.resume = "never", but {folder.path} holds {steps[0].name}; give the run another name or '
+            "remove the folder"
+        )
+    if not steps:
+        return []
+    try:
+        manifest = read_manifest(steps[0])
+    except UserError:
+        return []  # the checkpoint manager names it and falls back
+    now, before = flat_items(config), _flat(manifest.config)
+    changed = [key for key in now if key in before and _plain(now[key]) != before[key]]
+    lines = {key: f"{key} was {before[key]!r}, is {_plain(now[key])!r}" for key in changed}
+    refused = [line for key, line in lines.items() if key.startswith(_FIXED)]
+    identity = {key: (manifest.data.get(key), value) for key, value in data.identity.items()}
+    refused += [f"data: {key} was {was!r}, is {value!r}" for key, (was, value) in identity.items() if was != value]
+    if refused:
+        remedy = f"{folder.path} holds step {manifest.step} of another run: undo the change or set another run.name"
+        raise UserError([*refused, remedy])
+    return [f"changed since step {manifest.step}: {line}" for key, line in lines.items() if not key.startswith(_SILENT)]
+
+
+def _run_id(config: RunConfig, data: Data) -> str:
+    """The same after every restart: made of what a resumed run may not change."""
+    fixed = {key: _plain(value) for key, value in flat_items(config).items() if key.startswith(_FIXED)}
+    content = json.dumps([fixed, data.identity], sort_keys=True)
+    return f"{config.run.name}-{hashlib.blake2b(content.encode(), digest_size=4).hexdigest()}"
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

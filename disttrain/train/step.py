@@ -1,0 +1,54 @@
+"""One training step, readable top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from disttrain.data.loader import IGNORE_LABEL
+from disttrain.distributed.collectives import dist_sum_integers
+from disttrain.engines import Engine
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Device tensors that nobody has waited for, and what the ranks agreed on."""
+
+    loss_sum: Tensor
+    """This rank's part of the summed cross-entropy, in nats."""
+    grad_norm: Tensor
+    """Of all gradients together, before clipping."""
+    valid_tokens: int
+    """Predicted tokens of the whole global batch."""
+    stop: bool
+    """Some rank was asked to stop; all ranks know it after the same step."""
+
+
+def train_step(
+    engine: Engine,
+    microbatches: Sequence[tuple[Tensor, Tensor]],
+    *,
+    lr_factor: float,
+    device: torch.device,
+    stop_wanted: bool = False,
+) -> StepResult:
+    """One optimizer step on this rank's `microbatches` of (tokens, labels) [rows, length], CPU tensors.
+
+    The loss is the sum over all tokens of the global batch over their number, whatever the ranks' shares are.
+    A batch without any valid token has zero gradients.
+    """
+    local_tokens = sum(int((labels != IGNORE_LABEL).sum()) for _, labels in microbatches)
+    valid_tokens, stops = dist_sum_integers(local_tokens, int(stop_wanted))
+
+    loss_sum = torch.zeros((), device=device)
+    for index, (tokens, labels) in enumerate(microbatches):
+        last = index == len(microbatches) - 1
+        loss = engine.forward(tokens.to(device), labels.to(device), last)
+        engine.backward(loss / max(valid_tokens, 1))
+        loss_sum = loss_sum + loss.detach()
+
+    grad_norm = engine.finish_step(lr_factor)
+    return StepResult(loss_sum, grad_norm, valid_tokens, stop=stops > 0)
