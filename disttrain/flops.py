@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 
-def training_flops_per_token(
-    matmul_parameters: int, n_layers: int, d_attention: int, sequence_length: int
-) -> int:
+def training_flops_per_token(matmul_parameters: int, n_layers: int, d_attention: int, sequence_length: int) -> int:
     """Forward and backward FLOPs for one token of a causal transformer.
 
     `matmul_parameters` counts the weights that multiply every token (the head included, embedding look-ups not):

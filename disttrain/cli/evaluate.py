@@ -27,8 +27,7 @@ def evaluate_command(
     data, train = open_config_data(saved.config), saved.config.train
     wanted = tokens or saved.config.monitor.evaluate_tokens
     batches = validation_batches(data.validation, train.sequence_length, wanted, 0, 1, train.microbatch_size)
-    per_token = data.tokenizer.bytes_per_token if data.tokenizer is not None else None
-    result = evaluate(saved.model, batches, per_token, saved.device)
+    result = evaluate(saved.model, batches, data.bytes_per_token, saved.device)
     if as_json:
         names = {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
         print(json.dumps({"step": saved.step, "tokens": result.tokens, **names}))

@@ -47,7 +47,7 @@ def load_config(path: Path, overrides: list[str], nproc: int | None = None, worl
     table = values.table
     if path.is_dir():
         values.set("run.dir", str(path), "the run folder")
-    if "name" not in (run := table.get("run", {})) and isinstance(run, dict):
+    if isinstance(run := table.get("run", {}), dict) and "name" not in run:
         values.set("run.name", path.stem or path.resolve().name, "the config file's name")
     try:
         config, problems, broken = RunConfig.model_validate(table), [], frozenset[str]()

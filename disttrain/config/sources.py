@@ -46,7 +46,7 @@ def read_values(path: Path, overrides: list[str]) -> Values:
             values.set(key, value, f"{file}:{lines[key]}" if key in lines else str(file))
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not key.strip():
+        if not equals or not all(part.strip() for part in key.split(".")):
             raise UserError(f"override {override!r}: write it as key.path=value, for example train.steps=100")
         values.set(key.strip(), _override_value(text.strip()), f"override {override!r}")
     return values
@@ -55,7 +55,7 @@ def read_values(path: Path, overrides: list[str]) -> Values:
 def _extends_chain(path: Path) -> list[Path]:
     """`path` and, one after the other, the files that it extends."""
     chain = [_config_file(path)]
-    while base := _read_table(chain[-1]).get("extends"):
+    while (base := _read_table(chain[-1]).get("extends")) is not None:
         if not isinstance(base, str):
             raise UserError(f"{chain[-1]}: extends = {base!r} must be the path of one TOML file")
         following = _config_file(chain[-1].parent / base)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from disttrain.data.corpus import Corpus, file_corpus, find_files, fingerprint, stdlib_corpus, synthetic_corpus
 from disttrain.data.loader import has_window, too_short
 from disttrain.data.token_shards import BinShards, EncodedShards, ShardSet, bin_shard_sets
@@ -24,6 +26,11 @@ class Data:
     tokenizer: Tokenizer | None
     identity: dict[str, Any]
     notes: list[str]
+
+    @property
+    def bytes_per_token(self) -> np.ndarray | None:
+        """int64 [vocab]: the bytes of text behind each token, where that is known."""
+        return self.tokenizer.bytes_per_token if self.tokenizer is not None else None
 
 
 def open_data(

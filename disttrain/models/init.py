@@ -46,9 +46,6 @@ def _keep_slice(parameter: Tensor, whole: Tensor) -> None:
     if not isinstance(parameter, DTensor):
         parameter.copy_(whole)
         return
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     region = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
     parameter.to_local().copy_(whole[region])
-

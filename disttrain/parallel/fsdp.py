@@ -10,7 +10,7 @@ from disttrain.models import ShardingPlan
 
 
 def apply_fsdp(model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan) -> None:
-    """Cut every parameter of `model` along dim 0 over the axis dp_shard of `mesh`; gradients are summed, not averaged."""
+    """Cut all parameters along dim 0 over the axis dp_shard of `mesh`; gradients are summed, never averaged."""
     shard = mesh["dp_shard"]
     for unit in plan.units(model):
         fully_shard(unit, mesh=shard, reshard_after_forward=True)

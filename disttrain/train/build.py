@@ -75,9 +75,7 @@ def build_model(
     return gpt, parallelize(gpt, mesh, strategy, GPT_PLAN, materialise)
 
 
-def build_gpt(
-    config: ModelConfig, max_length: int, device: torch.device, dtype: torch.dtype = torch.float32
-) -> GPT:
+def build_gpt(config: ModelConfig, max_length: int, device: torch.device, dtype: torch.dtype = torch.float32) -> GPT:
     """A GPT on one device, with whatever torch left in its parameters."""
     with device:
         return GPT(config, max_length).to(dtype)

@@ -40,8 +40,7 @@ def bigram_line(config: RunConfig, data: Data, order: SampleOrder, samples: int)
     validation = [np.append(batch.tokens[0], batch.labels[0, -1]) for batch in batches]
     loss, k = bigram_loss(training, validation, vocab_size)
     line = f"an add-{k:g} bigram model of the same {samples * length:,} training tokens: loss {loss:.4f}"
-    per_token = data.tokenizer.bytes_per_token if data.tokenizer is not None else None
-    if per_token is None:
+    if data.bytes_per_token is None:
         return line
     labels = np.concatenate([window[1:] for window in validation])
-    return f"{line}, bits per byte {loss * labels.size / math.log(2) / per_token[labels].sum():.4f}"
+    return f"{line}, bits per byte {loss * labels.size / math.log(2) / data.bytes_per_token[labels].sum():.4f}"

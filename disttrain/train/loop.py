@@ -144,8 +144,7 @@ class TrainingLoop:
             train.microbatch_size,
         )
         began = time.perf_counter()
-        tokenizer = self.data.tokenizer
-        result = evaluate(self.parts.model, batches, tokenizer and tokenizer.bytes_per_token, self.device)
+        result = evaluate(self.parts.model, batches, self.data.bytes_per_token, self.device)
         self.output.log_validation(self.position.step, self.position.tokens, result.loss, result.bits_per_byte)
         self.logged_at += time.perf_counter() - began
 

@@ -1,0 +1,48 @@
+"""Counting what a piece of code sends: every collective that passes torch's dispatcher, by kind and bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_KINDS = {
+    "all_gather": ("_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_", "all_gather_single_"),
+    "reduce_scatter": ("_reduce_scatter_base_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_"),
+    "all_reduce": ("allreduce_", "allreduce_coalesced_"),
+    "broadcast": ("broadcast_",),
+    "all_to_all": ("alltoall_", "alltoall_base_"),
+}
+_KIND_OF = {operation: kind for kind, operations in _KINDS.items() for operation in operations}
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Within this context `calls[kind]` and `bytes[kind]` grow; bytes are those of the largest tensor of each call.
+
+    That is the whole tensor: the gathered output of an all-gather, the input of a reduce-scatter. Collectives of
+    other threads (a CUDA backward) are not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "namespace", "") == "c10d":
+            name = func.__name__.split(".")[0]
+            kind = _KIND_OF.get(name, name)
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.calls[kind] += 1
+            self.bytes[kind] += max((t.numel() * t.element_size() for t in tensors), default=0)
+        return func(*args, **(kwargs or {}))

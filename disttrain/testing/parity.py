@@ -1,0 +1,195 @@
+"""The parity contract: any layout gives the gradients, norms and parameters of one naive process, in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from disttrain.config import ModelConfig, OptimConfig, ParallelDims
+from disttrain.distributed.mesh import build_mesh
+from disttrain.engines import Engine, NativeEngine
+from disttrain.models import GPT_PLAN
+from disttrain.models.sharding_plan import matches
+from disttrain.optim import build_optimizer
+from disttrain.testing.pool import RankPool
+from disttrain.testing.reference import reference_training
+from disttrain.train.build import build_model
+from disttrain.train.step import train_step
+
+WORLDS = (1, 2, 4)
+STEPS = 3
+ROWS = 24
+"""Samples of a global batch: divides by every world and accumulation of the table."""
+LENGTH = 7
+GRADIENT_TOLERANCE = 1e-12
+PARAMETER_TOLERANCE = 1e-10
+"""AdamW divides by the root of the second moment: rounding in a tiny gradient is felt in full."""
+
+MODELS = {
+    # Widths that no world divides, and key/value matrices with two rows: fewer than ranks.
+    "gpt2": ModelConfig(n_layers=2, d_model=10, n_heads=5, n_kv_heads=1, d_ff=41, vocab_size=53),
+    "modern": ModelConfig(
+        n_layers=2,
+        d_model=10,
+        n_heads=5,
+        n_kv_heads=1,
+        d_ff=27,
+        vocab_size=53,
+        position="rope",
+        norm="rmsnorm",
+        mlp="swiglu",
+        qk_norm=True,
+        bias=False,
+        tie_embeddings=False,
+    ),
+}
+OPTIM = OptimConfig(lr=1e-2, clip_norm=0.5, weight_decay=0.1)
+_ZERO_GRADIENT = "*.wk.bias"
+"""Softmax ignores what is added to all scores of a row, so a key bias without rope has a gradient of exactly zero:
+its error is absolute, rounding has nothing to be relative to."""
+
+
+@dataclass(frozen=True)
+class ParityCase:
+    """One cell of the table."""
+
+    strategy: str
+    grad_accumulation: str
+    accumulation: int
+    model: str
+
+    @property
+    def label(self) -> str:
+        return self.strategy if self.strategy == "ddp" else f"{self.strategy} ({self.grad_accumulation})"
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """What one cell measured of one quantity, over all tensors and steps."""
+
+    strategy: str
+    world: int
+    case: str
+    quantity: Literal["gradients", "parameters"]
+    """`gradients`: those of every step before clipping, and their norms; `parameters`: after the last step."""
+    max_relative_error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.max_relative_error <= self.tolerance
+
+    def contract(self) -> dict[str, Any]:
+        """The row as `verify --json` prints it."""
+        named = {name: getattr(self, name) for name in ("strategy", "world", "max_relative_error", "tolerance")}
+        return {**named, "case": f"{self.case}, {self.quantity}", "passed": self.passed}
+
+
+def parity_cases() -> Iterator[ParityCase]:
+    for strategy, grad_accumulation in (("ddp", "unsharded"), ("fsdp", "sharded"), ("fsdp", "unsharded")):
+        for model in MODELS:
+            for accumulation in (1, 3):
+                yield ParityCase(strategy, grad_accumulation, accumulation, model)
+
+
+def parity_table(pool: RankPool, worlds: tuple[int, ...] = WORLDS) -> Iterator[ParityRow]:
+    """Run every case on every world; each gives a row for its gradients and one for its final parameters."""
+    for world in worlds:
+        for case in parity_cases():
+            job = "disttrain.testing.parity:parity_job"
+            gradients, parameters = pool.run(job, world, device=pool.device, **asdict(case))[0]
+            name = f"{case.model}, accumulation {case.accumulation}"
+            yield ParityRow(case.label, world, name, "gradients", gradients, GRADIENT_TOLERANCE)
+            yield ParityRow(case.label, world, name, "parameters", parameters, PARAMETER_TOLERANCE)
+
+
+def parity_job(rank: int, world: int, device: str, **case: Any) -> tuple[float, float]:
+    """One cell on this rank: the largest errors of gradients (with norms) and of final parameters."""
+    place = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    return measure_parity(rank, world, place, ParityCase(**case))
+
+
+def measure_parity(
+    rank: int, world: int, device: torch.device, case: ParityCase, mutate: Callable[[Engine], Engine] = lambda e: e
+) -> tuple[float, float]:
+    """As `parity_job`; `mutate` may spoil the engine, to show that the table can turn red."""
+    config = MODELS[case.model]
+    dims = ParallelDims.resolve(case.strategy, None, None, world)
+    gpt, model = build_model(
+        config,
+        max_length=LENGTH,
+        mesh=build_mesh(dims, device.type),
+        strategy=case.strategy,
+        seed=0,
+        device=device,
+        dtype=torch.float64,
+    )
+    start = {name: _whole(parameter) for name, parameter in gpt.named_parameters()}
+    engine = RecordingEngine(
+        model,
+        build_optimizer(gpt, OPTIM, GPT_PLAN),
+        clip_norm=OPTIM.clip_norm,
+        grad_accumulation=case.grad_accumulation,
+    )
+    spoilt = mutate(engine)
+    for step in range(STEPS):
+        train_step(spoilt, _rank_batches(step, rank, world, case.accumulation), lr_factor=1.0, device=device)
+    end = {name: _whole(parameter) for name, parameter in gpt.named_parameters()}
+
+    no_decay = {name for name in start if matches(name, GPT_PLAN.no_decay)}
+    expected, expected_end = reference_training(
+        config, OPTIM, start, [global_batch(step) for step in range(STEPS)], no_decay
+    )
+    errors = [0.0]
+    for seen, grad_norm, reference in zip(engine.gradients, engine.grad_norms, expected, strict=True):
+        errors += [tensor_error(name, seen[name], gradient) for name, gradient in reference.gradients.items()]
+        errors.append(abs(grad_norm / reference.grad_norm.item() - 1))
+    return max(errors), max(tensor_error(name, end[name], weight) for name, weight in expected_end.items())
+
+
+class RecordingEngine(NativeEngine):
+    """Keeps the gradients of every step as they were before clipping."""
+
+    def __init__(self, *parts: Any, **settings: Any) -> None:
+        super().__init__(*parts, **settings)
+        self.gradients: list[dict[str, Tensor]] = []
+        self.grad_norms: list[float] = []
+
+    def finish_step(self, lr_factor: float) -> Tensor:
+        self.gradients.append(
+            {n.removeprefix("module."): _whole(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
+        )
+        grad_norm = super().finish_step(lr_factor)
+        self.grad_norms.append(grad_norm.item())
+        return grad_norm
+
+
+def global_batch(step: int) -> tuple[Tensor, Tensor]:
+    """Tokens and labels [ROWS, LENGTH] of a step: ever fewer valid labels from row to row, none in the last quarter."""
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(53, (ROWS, LENGTH), generator=generator)
+    labels = torch.randint(53, (ROWS, LENGTH), generator=generator)
+    dropped = torch.rand(ROWS, LENGTH, generator=generator) < torch.linspace(0.05, 0.9, ROWS)[:, None]
+    dropped[-ROWS // 4 :] = True
+    return tokens, labels.masked_fill(dropped, -100)
+
+
+def tensor_error(name: str, actual: Tensor, expected: Tensor) -> float:
+    """max|a - b| / max|b|; absolute for key biases, whose gradient is zero."""
+    error = (actual - expected).abs().max().item()
+    return error if fnmatchcase(name, _ZERO_GRADIENT) else error / max(expected.abs().max().item(), 1e-300)
+
+
+def _rank_batches(step: int, rank: int, world: int, accumulation: int) -> list[tuple[Tensor, Tensor]]:
+    tokens, labels = (part.chunk(world)[rank].chunk(accumulation) for part in global_batch(step))
+    return list(zip(tokens, labels, strict=True))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()

@@ -1,0 +1,49 @@
+"""Mistakes that the parity table must show, made on purpose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import disttrain.train.step
+from disttrain.engines import Engine
+from disttrain.testing.parity import ParityCase, RecordingEngine, measure_parity
+
+
+def spoilt_parity(rank: int, world: int, mistake: str, case: dict) -> tuple[float, float]:
+    """The errors of a cell whose engine or token count makes `mistake`."""
+    count = disttrain.train.step.dist_sum_integers
+    if mistake == "a wrong token count":
+        disttrain.train.step.dist_sum_integers = lambda *values: [value * world for value in values]
+    try:
+        engines = {"a mean in place of a sum": _mean, "a dropped rank": _dropped}
+        return measure_parity(rank, world, torch.device("cpu"), ParityCase(**case), engines.get(mistake, lambda e: e))
+    finally:
+        disttrain.train.step.dist_sum_integers = count
+
+
+def _mean(engine: RecordingEngine) -> Engine:
+    return _Scaled(engine, 1 / torch.distributed.get_world_size())
+
+
+def _dropped(engine: RecordingEngine) -> Engine:
+    return _Scaled(engine, float(torch.distributed.get_rank() != 0))
+
+
+class _Scaled:
+    """An engine whose loss is scaled before it goes backward."""
+
+    def __init__(self, engine: RecordingEngine, factor: float) -> None:
+        self.engine, self.factor = engine, factor
+
+    def forward(self, tokens: Tensor, labels: Tensor, last: bool) -> Tensor:
+        return self.engine.forward(tokens, labels, last)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss * self.factor)
+
+    def finish_step(self, lr_factor: float) -> Tensor:
+        return self.engine.finish_step(lr_factor)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.engine.state()
