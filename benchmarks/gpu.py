@@ -1,8 +1,8 @@
 """Everything that waits for a GPU, in one go: `python benchmarks/gpu.py`.
 
-Runs the tests marked gpu, the parity table on nccl, and a short training run; writes benchmarks/results/gpu.json with the
-command, versions, exit code and last lines of each. Exits 1 when one of them failed. Every part that needs a GPU and has
-been measured nowhere else belongs here.
+Runs the tests marked gpu, the parity table on nccl, and a short training run; writes benchmarks/results/gpu.json with
+the command, exit code and last lines of each. Exits 1 when one of them failed. Every part that needs a GPU and has been
+measured nowhere else belongs here.
 """
 
 from __future__ import annotations

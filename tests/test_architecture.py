@@ -141,8 +141,12 @@ def environment_problems(modules: Trees) -> list[str]:
         if module.removeprefix(f"{PACKAGE}.").startswith(READS_ENVIRONMENT):
             continue
         for node in ast.walk(tree):
-            imported = isinstance(node, ast.ImportFrom) and node.module == "os"
-            names = [alias.name for alias in node.names] if imported else [getattr(node, "attr", None)]
+            if isinstance(node, ast.Attribute):
+                names = [node.attr]
+            elif isinstance(node, ast.ImportFrom) and node.module == "os":
+                names = [alias.name for alias in node.names]
+            else:
+                continue
             if not {"environ", "getenv", "putenv"}.isdisjoint(names):
                 problems.append(f"{module}:{node.lineno} uses the environment")
     return problems

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
 from disttrain.cli.config import config_command
 from disttrain.cli.evaluate import evaluate_command
 from disttrain.cli.generate import generate_command
+from disttrain.cli.problems import leave_with_problems
 from disttrain.cli.train import train_command
 from disttrain.cli.verify import verify_command
-from disttrain.errors import EXIT_BAD_INPUT, UserError
+from disttrain.distributed.env import read_ranks
+from disttrain.errors import UserError
 
 app = typer.Typer(
     name="disttrain",
@@ -31,10 +31,4 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print_problems(error)
-        sys.exit(EXIT_BAD_INPUT)
-
-
-def print_problems(error: UserError) -> None:
-    for problem in error.problems:
-        print(f"error: {problem}", file=sys.stderr, flush=True)
+        leave_with_problems(error, read_ranks())

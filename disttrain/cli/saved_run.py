@@ -27,6 +27,8 @@ class SavedRun:
 
 def open_run(path: Path, device: str | None = None) -> SavedRun:
     """The newest checkpoint of the run folder `path` that verifies, as a plain model; UserError without one."""
+    if device not in (None, "auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: must be cpu, cuda or auto")
     folder = RunFolder(path)
     if not folder.config.is_file():
         raise UserError(f"{path}: no config.json here, so this is no run folder; name one, for example runs/quickstart")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from disttrain.checkpoint.manifest import committed_steps
+from disttrain.cli.problems import leave_with_problems
 from disttrain.config import RunConfig
-from disttrain.config.load import LoadedConfig, layout_problems, load_config
+from disttrain.config.load import layout_problems, load_config
 from disttrain.distributed.env import Ranks, read_ranks
 from disttrain.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
-from disttrain.train.folder import RunFolder
+from disttrain.resilience import StopRequest
+from disttrain.train.folder import RunFolder, State
 from disttrain.train.preflight import PreparedRun, is_complete, prepare_run
 
 
@@ -27,73 +32,112 @@ def train_command(
     ranks = read_ranks()
     launched = "RANK" in os.environ
     loaded = load_config(config, overrides or [], nproc=nproc, world=ranks.world if launched else None)
-    if is_complete(loaded.config):
-        if ranks.is_first:
-            print(f"{loaded.config.run_dir}: complete at step {loaded.config.train.total_steps}; nothing to do")
-        return
-    code = _join(loaded.config, ranks) if launched else _start(loaded)
-    sys.exit(code)
+    sys.exit(_join(loaded.config, ranks) if launched else _start(loaded.config))
 
 
-def _start(loaded: LoadedConfig) -> int:
+def _start(config: RunConfig) -> int:
     """Be the parent: check everything that needs no torch, then start the ranks and answer for them."""
-    config = loaded.config
     folder = RunFolder(config.run_dir)
     with folder.owned():
         run = prepare_run(config)
-        for note in run.notes:
-            print(f"note: {note}", flush=True)
-        # Only now: torch takes seconds to import, and bad input has been refused.
-        from disttrain.distributed.process_group import default_processes, select_device
-        from disttrain.launching.elastic import launch_ranks
+        if is_complete(config):
+            return _nothing_to_do(config)
+        _print_notes(run)
+        # From here on a signal is a request to stop, to which the ranks, or we for them, give the answer.
+        with StopRequest() as stop:
+            return _answer(folder, _launch(run, stop))
 
-        device = select_device(config.device)
-        nproc = config.train.nproc or default_processes(device)
-        if problems := layout_problems(config, nproc):
-            raise UserError(problems)
-        folder.write_status("running", folder.read_status().get("step", 0))
-        code = launch_ranks(rank_main, (run,), nproc, device.type)
-        status = folder.read_status()
-        if status.get("state") == "completed":
-            return EXIT_DONE
-        if status.get("state") == "preempted":
-            return EXIT_PREEMPTED
-        folder.write_status("failed", status.get("step", 0))
-        return code or EXIT_FAILED
+
+def _launch(run: PreparedRun, stop: StopRequest) -> int:
+    # Only now: torch takes seconds to import, and bad input has been refused. Forked ranks find it imported.
+    import disttrain.train.loop  # noqa: F401
+    from disttrain.distributed.process_group import default_processes, select_device
+    from disttrain.launching.elastic import launch_ranks
+
+    device = select_device(run.config.device)
+    nproc = run.config.train.nproc or default_processes(device)
+    if problems := layout_problems(run.config, nproc):
+        raise UserError(problems)
+    run.folder.write_status("running", run.folder.read_status().get("step", 0))
+    return launch_ranks(rank_main, (run, os.getpid()), nproc, device.type, stop)
+
+
+def _answer(folder: RunFolder, code: int) -> int:
+    """The exit code of a run whose ranks have ended; status.json has the last word, and gets one where it has none."""
+    status = folder.read_status()
+    if status.get("state") == "completed":
+        return EXIT_DONE
+    if status.get("state") == "preempted":
+        return EXIT_PREEMPTED
+    steps = committed_steps(folder.checkpoints)
+    if code == EXIT_PREEMPTED and steps:
+        step = int(steps[0].name.removeprefix("step-"))
+        folder.write_status("preempted", step)
+        print(f"stopped on request; start again to resume from step {step}, {folder.path}", flush=True)
+        return EXIT_PREEMPTED
+    if code == EXIT_PREEMPTED:
+        print(f"stopped on request before there was a checkpoint; nothing to resume, {folder.path}", flush=True)
+    folder.write_status("failed", status.get("step", 0))
+    return EXIT_BAD_INPUT if code == EXIT_BAD_INPUT else EXIT_FAILED
 
 
 def _join(config: RunConfig, ranks: Ranks) -> int:
     """Be one rank of a launcher: torchrun restarts whatever leaves with another code than 0."""
-    if not ranks.is_first:
-        return _run_rank(prepare_run(config), ranks)
-    with RunFolder(config.run_dir).owned():
+    with RunFolder(config.run_dir).owned() if ranks.is_first else nullcontext():
         run = prepare_run(config)
-        for note in run.notes:
-            print(f"note: {note}", flush=True)
-        return _run_rank(run, ranks)
+        if is_complete(config):
+            return _nothing_to_do(config) if ranks.is_first else EXIT_DONE
+        if ranks.is_first:
+            _print_notes(run)
+        state = _run_rank(run, ranks)
+    return EXIT_PREEMPTED if state == "preempted" and not ranks.elastic else EXIT_DONE
 
 
-def rank_main(run: PreparedRun) -> None:
+def _nothing_to_do(config: RunConfig) -> int:
+    print(f"{config.run_dir}: complete at step {config.train.total_steps}; nothing to do")
+    return EXIT_DONE
+
+
+def _print_notes(run: PreparedRun) -> None:
+    for note in run.notes:
+        print(f"note: {note}", flush=True)
+
+
+def rank_main(run: PreparedRun, parent: int) -> None:
     """What a rank that `disttrain train` started runs; its exit code is its only answer."""
-    code = _run_rank(run, read_ranks())
-    if code != EXIT_DONE:
-        os._exit(code)
+    if _run_rank(run, read_ranks()) == "preempted":
+        # Not by returning: torch's agent holds a function that returned until it has collected all ranks' results,
+        # which it does not do once it was told to stop.
+        os._exit(EXIT_PREEMPTED)
+    # For the same reason a parent that died must not leave us behind: torch has us get SIGINT at its death.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.getppid() != parent:
+        os._exit(EXIT_DONE)
 
 
-def _run_rank(run: PreparedRun, ranks: Ranks) -> int:
+def _run_rank(run: PreparedRun, ranks: Ranks) -> State:
+    # A signal before the loop ends us at once: there is nothing to save yet.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
     from disttrain.distributed.process_group import distributed, select_device
     from disttrain.train.loop import run_training
 
     try:
         device = select_device(run.config.device, ranks.local_rank)
         with distributed(ranks, device, run.config.resilience.collective_timeout_seconds):
-            state = run_training(run, ranks, device)
+            return run_training(run, ranks, device)
     except UserError as error:
-        prefix = "" if ranks.is_first else f"rank {ranks.rank}: "
-        print("\n".join(f"error: {prefix}{problem}" for problem in error.problems), file=sys.stderr, flush=True)
-        os._exit(EXIT_BAD_INPUT)
+        _note_failure(run, ranks)
+        leave_with_problems(error, ranks)
     except BaseException:
         # Never wait in teardown: peers may hang in a collective that this rank will not join.
         print(f"rank {ranks.rank} of {ranks.world} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        _note_failure(run, ranks)
         os._exit(EXIT_FAILED)
-    return EXIT_PREEMPTED if state == "preempted" and not ranks.elastic else EXIT_DONE
+
+
+def _note_failure(run: PreparedRun, ranks: Ranks) -> None:
+    """Say so in status.json, where a full disk still allows it."""
+    if ranks.is_first:
+        with suppress(OSError):
+            run.folder.write_status("failed", run.folder.read_status().get("step", 0))

@@ -1,4 +1,4 @@
-"""Settings: frozen sections, mesh arithmetic, and the loader. No torch here: bad input is refused before it is needed."""
+"""Settings: frozen sections, mesh arithmetic, the loader. No torch here: bad input is refused before it is needed."""
 
 from disttrain.config.layout import BatchPlan, ParallelDims
 from disttrain.config.load import LoadedConfig, load_config

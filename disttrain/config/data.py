@@ -14,7 +14,7 @@ class DataConfig(Section):
 
     source: Literal["stdlib", "synthetic"] = "stdlib"
     path: Annotated[str, Field(min_length=1)] | None = None
-    """A file or folder of .txt or .jsonl (key "text"), or token files .bin (nanoGPT, modded-nanogpt). Wins over `source`."""
+    """A file or folder of .txt or .jsonl (key "text"), or .bin tokens (nanoGPT, modded-nanogpt). Beats `source`."""
     tokenizer: Annotated[str, Field(min_length=1)] = "bpe"
     """`bpe` (byte-level, trained on the corpus), `bytes`, or the path of a tokenizer.json."""
     vocab_size: Annotated[int, Field(ge=257, le=1_000_000)] = 1024

@@ -22,7 +22,7 @@ class ParallelDims:
 
     @staticmethod
     def resolve(strategy: str, dp_replicate: int | None, dp_shard: int | None, world: int) -> ParallelDims:
-        """Fill in what the config left open for `world` processes; raise ValueError with the arithmetic if nothing fits."""
+        """Fill in what the config left open for `world` processes; ValueError with the arithmetic if nothing fits."""
         if strategy == "ddp":
             dims = ParallelDims(dp_replicate or world, dp_shard or 1)
         else:
@@ -34,7 +34,8 @@ class ParallelDims:
         if dims.batch != world:
             raise ValueError(
                 f"the mesh {dims} = {dims.batch} processes, but there are {world}: "
-                f"start {dims.batch} processes (--nproc {dims.batch}) or drop parallel.dp_replicate and parallel.dp_shard"
+                f"start {dims.batch} processes (--nproc {dims.batch}) "
+                "or drop parallel.dp_replicate and parallel.dp_shard"
             )
         return dims
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def load_config(path: Path, overrides: list[str], nproc: int | None = None, worl
         values.set("run.dir", str(path), "the run folder")
     if isinstance(run := table.get("run", {}), dict) and "name" not in run:
         values.set("run.name", path.stem or path.resolve().name, "the config file's name")
+    config: RunConfig | None
     try:
         config, problems, broken = RunConfig.model_validate(table), [], frozenset[str]()
     except ValidationError as error:
@@ -56,7 +58,9 @@ def load_config(path: Path, overrides: list[str], nproc: int | None = None, worl
         broken = frozenset(str(detail["loc"][0]) for detail in error.errors() if detail["loc"])
         config = _without_sections(table, broken)
     if config is not None:
-        problems += layout_problems(config, world or config.train.nproc, broken)
+        for problem in layout_problems(config, world or config.train.nproc, broken):
+            place = _place_of_first_key(problem, ("", "parallel."), values)
+            problems.append(f"{place}: {problem}" if place else problem)
     if problems or config is None:
         raise UserError(problems)
     return LoadedConfig(config, values.origins)
@@ -112,6 +116,7 @@ def _in_words(detail: Any, values: Values) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     # A key in a list or union carries an index behind the name that the user wrote.
     place = next((values.origins[k] for k in _with_parents(key) if k in values.origins), None)
+    place = place or _place_of_first_key(detail["msg"], (f"{key}.",), values)
     place = place or next((origin for k, origin in values.origins.items() if k.startswith(f"{key}.")), None)
     where = f"{place}: {key}" if place else key
     if detail["type"] == "extra_forbidden":
@@ -124,6 +129,12 @@ def _in_words(detail: Any, values: Values) -> str:
     message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     got = "" if isinstance(detail["input"], dict) else f" (got {detail['input']!r})"
     return f"{where}: {message}{got}"
+
+
+def _place_of_first_key(message: str, prefixes: tuple[str, ...], values: Values) -> str | None:
+    """Where the first key that `message` names was set, by the user or not at all."""
+    keys = (prefix + word for word in re.findall(r"[a-z][a-z_.]*", message) for prefix in prefixes)
+    return next((values.origins[key] for key in keys if key in values.origins), None)
 
 
 def _with_parents(key: str) -> list[str]:

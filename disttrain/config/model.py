@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import model_validator
@@ -10,7 +11,7 @@ from disttrain.config.base import PositiveFloat, PositiveInt, Section
 
 
 class ModelConfig(Section):
-    """Defaults are GPT-2's choices; `rope`, `rmsnorm`, `swiglu`, fewer `n_kv_heads` and no `bias` make it a modern one."""
+    """Defaults are GPT-2's choices; `rope`, `rmsnorm`, `swiglu`, fewer `n_kv_heads` and no `bias` make it modern."""
 
     n_layers: PositiveInt = 6
     d_model: PositiveInt = 384
@@ -53,7 +54,10 @@ class ModelConfig(Section):
                 f"nearest: d_model = {max(1, round(self.d_model / self.n_heads)) * self.n_heads}"
             )
         if self.n_heads % self.kv_heads:
-            raise ValueError(f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.kv_heads}")
+            raise ValueError(
+                f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.kv_heads}: each key head serves "
+                f"equally many query heads; nearest: n_kv_heads = {math.gcd(self.n_heads, self.kv_heads)}"
+            )
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"rope turns pairs of numbers: d_model / n_heads = {self.head_dim} must be even")
         return self

@@ -43,7 +43,7 @@ def default_processes(device: torch.device) -> int:
 
 @contextmanager
 def distributed(ranks: Ranks, device: torch.device, timeout_seconds: float) -> Iterator[None]:
-    """The process group of the run: nccl for CUDA tensors, gloo for CPU tensors (the control messages of a GPU run too).
+    """The process group of the run: nccl for CUDA tensors, gloo for CPU tensors (control messages of GPU runs too).
 
     A CPU rank computes with its share of the machine's cores. On an error the group is left alone: peers may be gone,
     and a teardown that waits for them would hide the error.

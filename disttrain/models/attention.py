@@ -30,7 +30,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class CausalSelfAttention(nn.Module):
-    """[batch, length, d_model] to the same. q, k and v are separate matrices: optimizers and clipping tell them apart."""
+    """[batch, length, d_model] to the same. q, k, v are separate matrices: optimizers and clipping tell them apart."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -71,7 +71,7 @@ class GPT(nn.Module):
             self.head.weight = self.wte.weight
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits [batch, length, vocab] of `tokens` [batch, length]; with `labels`, their summed cross-entropy in nats."""
+        """Logits [batch, length, vocab] of `tokens` [batch, length]; with `labels`, their summed loss in nats."""
         length = tokens.shape[1]
         x = self.wte(tokens)
         rotary = None

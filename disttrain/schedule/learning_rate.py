@@ -13,7 +13,7 @@ WSD_DECAY_SHARE = 0.2
 
 
 def lr_factor(shape: Shape, position_tokens: int, warmup_tokens: int, horizon_tokens: int, final_ratio: float) -> float:
-    """The factor in (0, 1] on the peak learning rate for the step that ends at `position_tokens`.
+    """The factor in [0, 1] on the peak learning rate for the step that ends at `position_tokens`.
 
     The warm-up is linear from zero (not included) to one; the decay runs from its end to `horizon_tokens` and stays at
     `final_ratio` afterwards. A horizon that is not beyond the warm-up means that there is no decay.

@@ -71,7 +71,7 @@ class RunFolder:
                 lock.seek(0)
                 owner = lock.read().strip() or "another process"
                 raise UserError(
-                    f"{self.path}: {owner} is running here; wait for it or give this run a name of its own (run.name=...)"
+                    f"{self.path}: {owner} is running here; wait for it or set another run.name"
                 ) from error
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disttrain.checkpoint.manifest import committed_steps, read_manifest
+from disttrain.checkpoint.manifest import Manifest, committed_steps, read_manifest
 from disttrain.config import RunConfig
 from disttrain.config.load import flat_items
 from disttrain.data.source import Data, check_length, check_token_ids, open_data
@@ -95,10 +96,9 @@ def _compare_with_checkpoint(config: RunConfig, data: Data, folder: RunFolder) -
         )
     if not steps:
         return []
-    try:
-        manifest = read_manifest(steps[0])
-    except UserError:
-        return []  # the checkpoint manager names it and falls back
+    manifest = _newest_readable(steps)
+    if manifest is None:
+        return []  # the checkpoint manager says so
     now, before = flat_items(config), _flat(manifest.config)
     changed = [key for key in now if key in before and _plain(now[key]) != before[key]]
     lines = {key: f"{key} was {before[key]!r}, is {_plain(now[key])!r}" for key in changed}
@@ -109,6 +109,14 @@ def _compare_with_checkpoint(config: RunConfig, data: Data, folder: RunFolder) -
         remedy = f"{folder.path} holds step {manifest.step} of another run: undo the change or set another run.name"
         raise UserError([*refused, remedy])
     return [f"changed since step {manifest.step}: {line}" for key, line in lines.items() if not key.startswith(_SILENT)]
+
+
+def _newest_readable(steps: list[Path]) -> Manifest | None:
+    """Of damaged checkpoints the manager, which falls back too, gives the reasons."""
+    for step in steps:
+        with suppress(UserError):
+            return read_manifest(step)
+    return None
 
 
 def _run_id(config: RunConfig, data: Data) -> str:

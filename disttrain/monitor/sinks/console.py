@@ -22,7 +22,7 @@ class ConsoleSink:
                 TimeRemainingColumn(),
                 console=self.console,
             )
-            self._task = self._progress.add_task("compiling the first step", total=total_steps, completed=first_step)
+            self._task = self._progress.add_task("first step", total=total_steps, completed=first_step)
             self._progress.start()
 
     def say(self, text: str) -> None:

@@ -1,0 +1,127 @@
+"""AdamW in two groups: which parameter is where, and the numbers against torch and against the formulas."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from disttrain.config import ModelConfig, OptimConfig
+from disttrain.models import GPT, GPT_PLAN, init_parameters
+from disttrain.optim import build_optimizer, set_learning_rate
+from disttrain.optim.param_groups import decay_groups
+from disttrain.testing import RankPool
+from tests.optim.jobs import step_gradient
+
+CONFIG = ModelConfig(n_layers=2, d_model=10, n_heads=5, n_kv_heads=1, d_ff=13, vocab_size=53, qk_norm=True)
+OPTIM = OptimConfig(lr=1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
+LENGTH = 5
+
+
+def model() -> GPT:
+    gpt = GPT(CONFIG, LENGTH).double()
+    init_parameters(gpt, seed=0)
+    return gpt
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def three_steps(gpt: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    for step in range(3):
+        for name, parameter in gpt.named_parameters():
+            parameter.grad = step_gradient(name, step, parameter.shape)
+        optimizer.step()
+    return weights(gpt)
+
+
+def formulas(gpt: GPT) -> dict[str, Tensor]:
+    """AdamW (arXiv 1711.05101), one tensor after the other."""
+    (beta1, beta2), ends = OPTIM.betas, {}
+    for name, weight in weights(gpt).items():
+        first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+        decays = name.endswith(".weight") and "norm" not in name and not name.startswith(("wte", "wpe"))
+        for t in (1, 2, 3):
+            gradient = step_gradient(name, t - 1, weight.shape)
+            first = beta1 * first + (1 - beta1) * gradient
+            second = beta2 * second + (1 - beta2) * gradient * gradient
+            step = first / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + OPTIM.eps)
+            weight = weight - OPTIM.lr * step - OPTIM.lr * OPTIM.weight_decay * decays * weight
+        ends[name] = weight
+    return ends
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_every_parameter_is_in_exactly_one_group(tie: bool) -> None:
+    gpt = GPT(CONFIG.model_copy(update={"tie_embeddings": tie}), LENGTH)
+    names = {parameter: name for name, parameter in gpt.named_parameters()}
+    groups = {group["name"]: group for group in decay_groups(gpt.named_parameters(), GPT_PLAN.no_decay, 0.1)}
+    members = {group: [names[p] for p in groups[group]["params"]] for group in groups}
+    assert sorted(members["decay"] + members["no_decay"]) == sorted(names.values())
+    linear = [f"{name}.weight" for name, module in gpt.named_modules() if isinstance(module, nn.Linear)]
+    assert sorted(members["decay"]) == sorted(name for name in linear if name != "head.weight" or not tie)
+    assert (groups["decay"]["weight_decay"], groups["no_decay"]["weight_decay"]) == (0.1, 0.0)
+
+
+def test_frozen_parameters_are_in_none() -> None:
+    gpt = model()
+    gpt.wte.weight.requires_grad_(False)
+    gpt.blocks[0].requires_grad_(False)
+    held = {id(p) for group in build_optimizer(gpt, OPTIM, GPT_PLAN).param_groups for p in group["params"]}
+    assert held == {id(p) for name, p in gpt.named_parameters() if not name.startswith(("wte", "blocks.0."))}
+
+
+def test_an_empty_group_is_left_out() -> None:
+    groups = decay_groups(nn.Linear(2, 2, bias=False).named_parameters(), ("*.bias",), 0.1)
+    assert [group["name"] for group in groups] == ["decay"]
+
+
+def test_all_state_is_there_before_the_first_step() -> None:
+    gpt = model()
+    optimizer = build_optimizer(gpt, OPTIM, GPT_PLAN)
+    lazy = torch.optim.AdamW(gpt.parameters(), fused=True)
+    for parameter in gpt.parameters():
+        assert {key: float(value.abs().sum()) for key, value in optimizer.state[parameter].items()} == {
+            "step": 0.0,
+            "exp_avg": 0.0,
+            "exp_avg_sq": 0.0,
+        }
+        parameter.grad = torch.ones_like(parameter)
+    lazy.step()
+    for parameter in gpt.parameters():  # what torch would have made, in kind and order
+        ours, theirs = optimizer.state[parameter], lazy.state[parameter]
+        assert [(key, value.shape, value.dtype) for key, value in ours.items()] == [
+            (key, value.shape, value.dtype) for key, value in theirs.items()
+        ]
+
+
+def test_three_steps_are_torchs_from_an_empty_state() -> None:
+    ours = three_steps(gpt := model(), build_optimizer(gpt, OPTIM, GPT_PLAN))
+    other = model()
+    groups = decay_groups(other.named_parameters(), GPT_PLAN.no_decay, OPTIM.weight_decay)
+    theirs = three_steps(other, torch.optim.AdamW(groups, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps, fused=True))
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_three_steps_are_those_of_the_formulas() -> None:
+    gpt = model()
+    expected = formulas(gpt)
+    seen = three_steps(gpt, build_optimizer(gpt, OPTIM, GPT_PLAN))
+    for name, weight in expected.items():
+        assert (seen[name] - weight).abs().max() / weight.abs().max() < 1e-13, name
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sharded_steps_are_those_of_one_process(pool: RankPool, world: int) -> None:
+    gpt = model()
+    expected = three_steps(gpt, build_optimizer(gpt, OPTIM, GPT_PLAN))
+    for alike, seen in pool.run("tests.optim.jobs:sharded_optimizer", world, config=CONFIG, optim=OPTIM):
+        assert alike
+        for name, weight in expected.items():
+            assert (seen[name] - weight).abs().max() / weight.abs().max() < 1e-14, name
+
+
+def test_rates_are_computed_from_the_position() -> None:
+    optimizer = build_optimizer(model(), OPTIM, GPT_PLAN)
+    for factor in (0.5, 0.25, 1.0, 0.0):
+        set_learning_rate(optimizer, factor)
+        assert [group["lr"] for group in optimizer.param_groups] == [factor * 1e-2] * 2
