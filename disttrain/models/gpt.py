@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from disttrain.config import ModelConfig
 from disttrain.models.attention import CausalSelfAttention, build_norm, rotary_angles
+from disttrain.models.kv_cache import KVCache, LayerCache
 from disttrain.models.loss import cross_entropy_sum
 
 
@@ -44,8 +45,14 @@ class Block(nn.Module):
         self.mlp_norm = build_norm(config, config.d_model)
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GeluMLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary)
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        visible: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, visible, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -70,17 +77,21 @@ class GPT(nn.Module):
         if self.config.tie_embeddings and self.head.weight is not self.wte.weight:
             self.head.weight = self.wte.weight
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits [batch, length, vocab] of `tokens` [batch, length]; with `labels`, their summed cross-entropy in nats."""
-        length = tokens.shape[1]
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits [batch, length, vocab] of `tokens` [batch, length]; with `labels`, their summed cross-entropy in nats.
+
+        With a `cache`, `tokens` continue the columns that the model saw with it before.
+        """
         x = self.wte(tokens)
-        rotary = None
+        positions, visible, rotary = torch.arange(tokens.shape[1], device=tokens.device), None, None
+        if cache is not None:
+            positions, visible = cache.append(tokens.shape[1])
         if self.wpe is not None:
-            x = x + self.wpe(torch.arange(length, device=tokens.device))
+            x = x + self.wpe(positions)
         else:
-            rotary = rotary_angles(length, self.config.head_dim, self.config.rope_theta, like=x)
-        for block in self.blocks:
-            x = block(x, rotary)
+            rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta, like=x)
+        for index, block in enumerate(self.blocks):
+            x = block(x, rotary) if cache is None else block(x, rotary, visible, cache.layers[index])
         logits = self.head(self.final_norm(x))
         return logits if labels is None else cross_entropy_sum(logits, labels)
 
