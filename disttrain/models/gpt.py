@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from disttrain.config import ModelConfig
 from disttrain.models.attention import CausalSelfAttention, build_norm, rotary_angles
 from disttrain.models.kv_cache import KVCache, LayerCache
-from disttrain.models.loss import cross_entropy_sum
+from disttrain.models.loss import chunked_cross_entropy_sum, cross_entropy_sum
 
 
 class GeluMLP(nn.Module):
@@ -65,6 +65,8 @@ class GPT(nn.Module):
             raise ValueError("the model needs a vocab_size: take the tokenizer's with RunConfig.with_vocab_size")
         self.config = config
         self.max_length = max_length
+        self.loss_chunk_tokens = 0
+        """Rows of logits that the loss holds at once; 0 for all."""
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.wpe = nn.Embedding(max_length, config.d_model) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -92,8 +94,12 @@ class GPT(nn.Module):
             rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta, like=x)
         for index, block in enumerate(self.blocks):
             x = block(x, rotary) if cache is None else block(x, rotary, visible, cache.layers[index])
-        logits = self.head(self.final_norm(x))
-        return logits if labels is None else cross_entropy_sum(logits, labels)
+        x = self.final_norm(x)
+        if labels is None:
+            return self.head(x)
+        if self.loss_chunk_tokens:
+            return chunked_cross_entropy_sum(self.head, x, labels, self.loss_chunk_tokens)
+        return cross_entropy_sum(self.head(x), labels)
 
     @property
     def matmul_parameters(self) -> int:

@@ -65,6 +65,7 @@ def build_model(
 ) -> tuple[GPT, nn.Module]:
     """The GPT with its initial weights, cut over `mesh` as `parallel` says; and the module to call in its place."""
     gpt = build_gpt(config, max_length, torch.device("meta"), dtype)
+    gpt.loss_chunk_tokens = parallel.loss_chunk_tokens
 
     def materialise(module: nn.Module) -> None:
         module.to_empty(device="cpu" if parallel.cpu_offload else device)

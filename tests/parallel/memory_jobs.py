@@ -75,6 +75,24 @@ class _OperationCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def largest_logits(rank: int, world: int, chunk: int) -> int:
+    """The most rows of logits that any operation of a step returned."""
+    engine = build_engine(world, ParallelConfig(loss_chunk_tokens=chunk), "modern", torch.float32)
+    with _LogitRows() as seen:
+        train_step(engine, rank_batches(0, rank, world, 1), lr_factor=1.0, device=CPU)
+    return seen.rows
+
+
+class _LogitRows(TorchDispatchMode):
+    rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.ndim > 1 and result.shape[-1] == 53:
+            self.rows = max(self.rows, result.numel() // 53)
+        return result
+
+
 def mixed_precision_errors(rank: int, world: int, settings: dict[str, Any]) -> float:
     """Largest gradient error against one process that casts, computes each share, and adds in fp32, as the ranks do."""
     parallel = ParallelConfig(**settings)

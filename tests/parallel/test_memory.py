@@ -44,6 +44,21 @@ def test_each_mode_recomputes_what_it_says(pool: RankPool) -> None:
     assert counts["selective"][mm] == counts["none"][mm] < counts["every_n"][mm] < counts["full"][mm]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp"])
+def test_chunked_loss_differs_only_in_the_order_of_sums(
+    pool: RankPool, plain: dict[str, dict[str, Any]], strategy: str
+) -> None:
+    seen = pool.run(JOBS + "train", 2, settings={"strategy": strategy, "loss_chunk_tokens": 5})[0]
+    assert seen["losses"] == pytest.approx(plain[strategy]["losses"], rel=1e-6)
+    for name, gradient in plain[strategy]["gradients"][0].items():
+        assert (seen["gradients"][0][name] - gradient).abs().max() <= 2e-6 * gradient.abs().max(), name
+
+
+def test_chunked_loss_never_holds_the_whole_logits(pool: RankPool) -> None:
+    whole, chunked = (max(pool.run(JOBS + "largest_logits", 2, chunk=chunk)) for chunk in (0, 21))
+    assert (whole, chunked) == (12 * 7, 21)
+
+
 def test_cpu_offload_is_the_same_run(pool: RankPool, plain: dict[str, dict[str, Any]]) -> None:
     assert_same(pool.run(JOBS + "train", 2, settings={"strategy": "fsdp", "cpu_offload": True})[0], plain["fsdp"])
 
