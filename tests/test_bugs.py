@@ -8,7 +8,7 @@ import torch
 
 from disttrain.config import ModelConfig
 from disttrain.models import GPT
-from disttrain.parallel.ddp import _sum_bucket
+from disttrain.parallel.ddp import summing_hook
 
 TINY = ModelConfig(n_layers=1, d_model=8, n_heads=2, vocab_size=11)
 
@@ -25,5 +25,5 @@ def test_to_empty_gives_a_tied_head_storage_of_its_own() -> None:
 
 
 def test_postponed_annotations_hide_the_types_that_ddp_checks_on_its_hook() -> None:
-    annotations = [parameter.annotation for parameter in inspect.signature(_sum_bucket).parameters.values()]
+    annotations = [parameter.annotation for parameter in inspect.signature(summing_hook(None)).parameters.values()]
     assert not any(isinstance(annotation, str) for annotation in annotations)

@@ -25,12 +25,14 @@ class ParallelDims:
         """Fill in what the config left open for `world` processes; ValueError with the arithmetic if nothing fits."""
         if strategy == "ddp":
             dims = ParallelDims(dp_replicate or world, dp_shard or 1)
+        elif strategy == "hsdp":
+            dims = _hsdp(dp_replicate, dp_shard, world)
         else:
             dims = ParallelDims(dp_replicate or 1, dp_shard or world)
         if strategy == "ddp" and dims.dp_shard > 1:
             raise ValueError(f"parallel.dp_shard = {dims.dp_shard}: ddp does not shard; set it to 1 or use fsdp")
-        if strategy == "fsdp" and dims.dp_replicate > 1:
-            raise ValueError(f"parallel.dp_replicate = {dims.dp_replicate}: fsdp does not replicate; set it to 1")
+        if strategy in ("zero1", "zero2", "fsdp") and dims.dp_replicate > 1:
+            raise ValueError(f"parallel.dp_replicate = {dims.dp_replicate}: {strategy} does not replicate; use hsdp")
         if dims.batch != world:
             raise ValueError(
                 f"the mesh {dims} = {dims.batch} processes, but there are {world}: "
@@ -38,6 +40,17 @@ class ParallelDims:
                 "or drop parallel.dp_replicate and parallel.dp_shard"
             )
         return dims
+
+
+def _hsdp(dp_replicate: int | None, dp_shard: int | None, world: int) -> ParallelDims:
+    """Both axes, where one may be left open."""
+    if dp_replicate is None and dp_shard is None:
+        raise ValueError(
+            "hsdp needs parallel.dp_shard (processes that share one copy of the model, usually those of a node) or "
+            "parallel.dp_replicate (copies)"
+        )
+    dp_replicate = dp_replicate or max(1, world // (dp_shard or 1))
+    return ParallelDims(dp_replicate, dp_shard or max(1, world // dp_replicate))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,10 @@ class ModelConfig(Section):
     tie_embeddings: bool = True
     norm_eps: PositiveFloat = 1e-5
     rope_theta: PositiveFloat = 10_000.0
+    init: Literal["gpt2", "xavier", "t5", "small"] = "gpt2"
+    """Scheme of the initial weights; formulas and sources in `disttrain/models/init.py`."""
     init_std: PositiveFloat = 0.02
+    """For `init = "gpt2"`, and for the embeddings of "xavier"; the other schemes follow from the shape alone."""
 
     @property
     def head_dim(self) -> int:

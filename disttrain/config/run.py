@@ -12,10 +12,10 @@ from disttrain.config.data import DataConfig
 from disttrain.config.layout import BatchPlan, ParallelDims
 from disttrain.config.model import ModelConfig
 from disttrain.config.optim import OptimConfig, ScheduleConfig
+from disttrain.config.parallel import ParallelConfig
 from disttrain.config.train import (
     CheckpointConfig,
     MonitorConfig,
-    ParallelConfig,
     ResilienceConfig,
     RunSection,
     TrainConfig,

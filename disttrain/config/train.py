@@ -44,19 +44,6 @@ class TrainConfig(Section):
         return self.steps if self.steps is not None else -(-(self.tokens or 0) // self.global_batch_tokens)
 
 
-class ParallelConfig(Section):
-    """Which data-parallel strategy, over which mesh."""
-
-    strategy: Literal["ddp", "fsdp"] = "fsdp"
-    dp_replicate: PositiveInt | None = None
-    """Processes that hold the same shard. Default: all under ddp, 1 under fsdp."""
-    dp_shard: PositiveInt | None = None
-    """Processes that a parameter is cut over. Default: 1 under ddp, all under fsdp."""
-    grad_accumulation: Literal["sharded", "unsharded"] = "sharded"
-    """fsdp only. `sharded`: gradients are reduced after every microbatch (least memory);
-    `unsharded`: after the last one (least communication, a whole gradient per process)."""
-
-
 class CheckpointConfig(Section):
     every: PositiveInt = 500
     """Steps between checkpoints; the last step always gets one."""

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """Device scalars of one update, equal on all ranks."""
+
+    grad_norm: Tensor
+    """Of all gradients together, before clipping, without the loss scale."""
+    skipped: Tensor
+    """1 when the update was left out because a gradient was not finite under fp16, else 0."""
 
 
 class Engine(Protocol):
@@ -16,10 +27,14 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def finish_step(self, lr_factor: float) -> Tensor:
-        """Clip, step, and drop the gradients; the global gradient norm before clipping."""
+    def finish_step(self, lr_factor: float) -> UpdateResult:
+        """Clip, update, and drop the gradients."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint must hold of model and optimizer, by name."""
+        """Everything that a checkpoint must hold, by name; a load writes into these tensors."""
+        ...
+
+    def loaded(self) -> None:
+        """Call after a load has written into `state()`."""
         ...

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disttrain.config import ModelConfig
+from disttrain.models.kv_cache import LayerCache
 
 
 def build_norm(config: ModelConfig, width: int) -> nn.Module:
@@ -15,11 +16,14 @@ def build_norm(config: ModelConfig, width: int) -> nn.Module:
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
 
 
-def rotary_angles(length: int, head_dim: int, theta: float, like: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [length, head_dim / 2] of RoPE (arXiv 2104.09864), computed in fp32 or better."""
+def rotary_angles(positions: Tensor, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [..., 1, length, head_dim / 2] of RoPE (arXiv 2104.09864) at `positions` [..., length].
+
+    Computed in fp32 or better; the 1 stands for the heads.
+    """
     dtype = torch.promote_types(like.dtype, torch.float32)
     rates = theta ** (-torch.arange(0, head_dim, 2, device=like.device, dtype=dtype) / head_dim)
-    angles = torch.outer(torch.arange(start, start + length, device=like.device, dtype=dtype), rates)
+    angles = positions.to(dtype)[..., None, :, None] * rates
     return angles.cos(), angles.sin()
 
 
@@ -43,13 +47,23 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        visible: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Each token sees itself and all before it, or in generation what `visible` says of the columns of `cache`."""
         q = self.q_norm(self._heads(self.wq(x)))
         k = self.k_norm(self._heads(self.wk(x)))
         v = self._heads(self.wv(x))
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        grouped = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=grouped)
         return self.wo(y.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from disttrain.config import ModelConfig
 from disttrain.models.attention import CausalSelfAttention, build_norm, rotary_angles
-from disttrain.models.loss import cross_entropy_sum
+from disttrain.models.kv_cache import KVCache, LayerCache
+from disttrain.models.loss import chunked_cross_entropy_sum, cross_entropy_sum
 
 
 class GeluMLP(nn.Module):
@@ -44,8 +45,14 @@ class Block(nn.Module):
         self.mlp_norm = build_norm(config, config.d_model)
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GeluMLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary)
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        visible: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, visible, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -58,6 +65,8 @@ class GPT(nn.Module):
             raise ValueError("the model needs a vocab_size: take the tokenizer's with RunConfig.with_vocab_size")
         self.config = config
         self.max_length = max_length
+        self.loss_chunk_tokens = 0
+        """Rows of logits that the loss holds at once; 0 for all."""
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.wpe = nn.Embedding(max_length, config.d_model) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -70,19 +79,27 @@ class GPT(nn.Module):
         if self.config.tie_embeddings and self.head.weight is not self.wte.weight:
             self.head.weight = self.wte.weight
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits [batch, length, vocab] of `tokens` [batch, length]; with `labels`, their summed loss in nats."""
-        length = tokens.shape[1]
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits [batch, length, vocab] of `tokens` [batch, length]; with `labels`, their summed cross-entropy in nats.
+
+        With a `cache`, `tokens` continue the columns that the model saw with it before.
+        """
         x = self.wte(tokens)
-        rotary = None
+        positions, visible, rotary = torch.arange(tokens.shape[1], device=tokens.device), None, None
+        if cache is not None:
+            positions, visible = cache.append(tokens.shape[1])
         if self.wpe is not None:
-            x = x + self.wpe(torch.arange(length, device=tokens.device))
+            x = x + self.wpe(positions)
         else:
-            rotary = rotary_angles(length, self.config.head_dim, self.config.rope_theta, like=x)
-        for block in self.blocks:
-            x = block(x, rotary)
-        logits = self.head(self.final_norm(x))
-        return logits if labels is None else cross_entropy_sum(logits, labels)
+            rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta, like=x)
+        for index, block in enumerate(self.blocks):
+            x = block(x, rotary) if cache is None else block(x, rotary, visible, cache.layers[index])
+        x = self.final_norm(x)
+        if labels is None:
+            return self.head(x)
+        if self.loss_chunk_tokens:
+            return chunked_cross_entropy_sum(self.head, x, labels, self.loss_chunk_tokens)
+        return cross_entropy_sum(self.head(x), labels)
 
     @property
     def matmul_parameters(self) -> int:

@@ -1,6 +1,6 @@
 """Parallelism, applied to a model from outside."""
 
-from disttrain.parallel.grad_sync import parameters_will_change, set_gradient_sync
+from disttrain.parallel.grad_sync import SyncRules, parameters_will_change, set_gradient_sync
 from disttrain.parallel.parallelize import parallelize
 
-__all__ = ["parallelize", "parameters_will_change", "set_gradient_sync"]
+__all__ = ["SyncRules", "parallelize", "parameters_will_change", "set_gradient_sync"]

@@ -1,26 +1,37 @@
 """torch's DistributedDataParallel, summing."""
 
 # No `from __future__ import annotations` here: DDP checks the hook's annotations as objects.
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+Hook = Callable[[dist.ProcessGroup, dist.GradBucket], torch.futures.Future[Tensor]]
 
-def apply_ddp(model: nn.Module, mesh: DeviceMesh) -> DistributedDataParallel:
-    """Replicate `model` over the axis dp_replicate of `mesh`; gradients are summed, not averaged.
+
+def apply_ddp(model: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype | None = None) -> DistributedDataParallel:
+    """Replicate `model` over the axis dp_replicate of `mesh`; gradients are summed, not averaged, in `reduce_dtype`.
 
     The ranks' parameters must already be equal (`init_parameters` draws the same everywhere), so nothing is broadcast.
     """
     group = mesh["dp_replicate"].get_group()
     replicated = DistributedDataParallel(model, process_group=group, init_sync=False, gradient_as_bucket_view=True)
-    replicated.register_comm_hook(group, _sum_bucket)
+    replicated.register_comm_hook(group, summing_hook(reduce_dtype))
     return replicated
 
 
-def _sum_bucket(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def summing_hook(reduce_dtype: torch.dtype | None) -> Hook:
     """The loss already carries one over the global token count: DDP's own average would divide twice."""
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
-    assert work is not None
-    return work.get_future().then(lambda reduced: reduced.value()[0])
+
+    def sum_bucket(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        gradients = bucket.buffer()
+        travelling = gradients if reduce_dtype is None else gradients.to(reduce_dtype)
+        work = dist.all_reduce(travelling, group=group, async_op=True)
+        assert work is not None
+        # The bucket's own storage is what the parameters' gradients look into.
+        return work.get_future().then(lambda reduced: gradients.copy_(reduced.value()[0]))
+
+    return sum_bucket

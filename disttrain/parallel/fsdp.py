@@ -1,22 +1,41 @@
-"""torch's FSDP2, summing, one unit per pattern of the model's plan."""
+"""torch's FSDP2, summing: zero1, zero2, fsdp and hsdp are settings of it."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from disttrain.config.parallel import ParallelConfig
 from disttrain.models import ShardingPlan
+from disttrain.parallel.grad_sync import SyncRules
+from disttrain.parallel.precision import DTYPES
 
 
-def apply_fsdp(model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan) -> None:
-    """Cut all parameters along dim 0 over the axis dp_shard of `mesh`; gradients are summed, never averaged."""
-    shard = mesh["dp_shard"]
-    for unit in plan.units(model):
-        fully_shard(unit, mesh=shard, reshard_after_forward=True)
-    # Said for the root too: its default keeps gathered weights after a forward, which later writes do not reach.
-    fully_shard(model, mesh=shard, reshard_after_forward=True)
+def apply_fsdp(model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, config: ParallelConfig) -> None:
+    """Cut all parameters of `model` along dim 0 over the axis dp_shard of `mesh`, replicated over dp_replicate.
+
+    Gradients are summed, never averaged. Each unit of the plan is gathered on its own; what is left is the root unit.
+    """
+    axes = mesh["dp_replicate", "dp_shard"] if config.strategy == "hsdp" else mesh["dp_shard"]
+    # Inputs are left alone: a cast would round the rotary angles, and activations have the right type already.
+    precision = MixedPrecisionPolicy(
+        param_dtype=DTYPES[config.param_dtype], reduce_dtype=_reduce_dtype(config), cast_forward_inputs=False
+    )
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.cpu_offload else OffloadPolicy()
+    reshard = SyncRules.of(config).reshard_after_forward
+    for unit in (*plan.units(model), model):
+        # Said for the root too: its default keeps gathered weights after a forward, which later writes do not reach.
+        fully_shard(unit, mesh=axes, reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _reduce_dtype(config: ParallelConfig) -> torch.dtype | None:
+    """FSDP2 reduces in the computing type unless told otherwise; without mixed precision there is nothing to tell."""
+    if config.param_dtype == "fp32":
+        return None
+    return DTYPES[config.reduce_dtype] or torch.float32

@@ -1,21 +1,47 @@
-"""When gradients travel, and what must happen before parameters are written."""
+"""When gradients travel and gathered weights are freed, and what must happen before parameters are written."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from disttrain.config.parallel import ParallelConfig
 
-def set_gradient_sync(model: nn.Module, last: bool, grad_accumulation: str) -> None:
-    """Say, before the forward of a microbatch, whether its backward reduces gradients over ranks.
 
-    ddp reduces on the `last` microbatch. fsdp reduces on each when `grad_accumulation` is "sharded", else on the last.
-    """
+@dataclass(frozen=True)
+class SyncRules:
+    """What tells the sharded strategies apart; docs/strategies.md counts what follows from it."""
+
+    reshard_after_forward: bool
+    """Gathered weights are freed between forward and backward."""
+    reduce_each: bool
+    """Gradients are reduced after every microbatch, not only after the last one."""
+    free_each: bool
+    """Gathered weights are freed after the backward of every microbatch, not only of the last one."""
+
+    @staticmethod
+    def of(config: ParallelConfig) -> SyncRules:
+        if config.strategy in ("zero1", "zero2"):
+            return SyncRules(reshard_after_forward=False, reduce_each=config.strategy == "zero2", free_each=False)
+        return SyncRules(
+            reshard_after_forward=config.reshard_after_forward is not False,
+            reduce_each=config.strategy != "ddp" and config.grad_accumulation != "unsharded",
+            free_each=True,
+        )
+
+
+def set_gradient_sync(model: nn.Module, last: bool, rules: SyncRules) -> None:
+    """Say, before the forward of a microbatch, what its backward does; `last` is the step's last microbatch."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = last
     elif isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or grad_accumulation == "sharded")
+        model.set_requires_gradient_sync(last or rules.reduce_each)
+        # Replicas agree once a step: until then a shard's sum over its own group waits where it is.
+        model.set_requires_all_reduce(last)
+        model.set_reshard_after_backward(last or rules.free_each)
 
 
 def parameters_will_change(model: nn.Module) -> None:

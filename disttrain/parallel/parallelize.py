@@ -7,24 +7,35 @@ from collections.abc import Callable
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from disttrain.config.parallel import ParallelConfig
 from disttrain.models import ShardingPlan
+from disttrain.parallel.activation_checkpointing import apply_activation_checkpointing
+from disttrain.parallel.compile import apply_compile
 from disttrain.parallel.ddp import apply_ddp
 from disttrain.parallel.fsdp import apply_fsdp
+from disttrain.parallel.precision import DTYPES, CastParameters
 
 
 def parallelize(
     model: nn.Module,
     mesh: DeviceMesh,
-    strategy: str,
+    config: ParallelConfig,
     plan: ShardingPlan,
     materialise: Callable[[nn.Module], None],
 ) -> nn.Module:
-    """The module to train: `model` (on the meta device) cut for `strategy` over `mesh`.
+    """The module to train: `model` (on the meta device) with the techniques of `config`, over `mesh`.
 
     `materialise` gives the parameters storage and values once they are cut, so that no rank holds the whole model
     where the strategy spares it that.
     """
-    if strategy == "fsdp":
-        apply_fsdp(model, mesh, plan)
+    blocks = list(plan.units(model))
+    apply_activation_checkpointing(blocks, config.activation_checkpointing, config.checkpoint_every)
+    if config.compile:
+        apply_compile(blocks)
+    if config.shards:
+        apply_fsdp(model, mesh, plan, config)
     materialise(model)
-    return apply_ddp(model, mesh) if strategy == "ddp" else model
+    if config.shards:
+        return model
+    dtype = DTYPES[config.param_dtype]
+    return apply_ddp(CastParameters(model, dtype) if dtype else model, mesh, DTYPES[config.reduce_dtype])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from disttrain.config import ModelConfig, OptimConfig, ParallelDims
+from disttrain.config.parallel import ParallelConfig
 from disttrain.distributed.mesh import build_mesh
-from disttrain.engines import Engine, NativeEngine
+from disttrain.engines import Engine, NativeEngine, UpdateResult
 from disttrain.models import GPT_PLAN
 from disttrain.models.sharding_plan import matches
 from disttrain.optim import build_optimizer
@@ -22,7 +23,7 @@ from disttrain.testing.reference import reference_training
 from disttrain.train.build import build_model
 from disttrain.train.step import train_step
 
-WORLDS = (1, 2, 4)
+WORLDS = (1, 2, 4, 8)
 STEPS = 3
 ROWS = 24
 """Samples of a global batch: divides by every world and accumulation of the table."""
@@ -59,14 +60,13 @@ its error is absolute, rounding has nothing to be relative to."""
 class ParityCase:
     """One cell of the table."""
 
-    strategy: str
-    grad_accumulation: str
+    parallel: ParallelConfig
     accumulation: int
     model: str
 
     @property
     def label(self) -> str:
-        return self.strategy if self.strategy == "ddp" else f"{self.strategy} ({self.grad_accumulation})"
+        return " ".join(filter(None, (self.parallel.strategy, self.parallel.grad_accumulation)))
 
 
 @dataclass(frozen=True)
@@ -91,28 +91,34 @@ class ParityRow:
         return {**named, "case": f"{self.case}, {self.quantity}", "passed": self.passed}
 
 
-def parity_cases() -> Iterator[ParityCase]:
-    for strategy, grad_accumulation in (("ddp", "unsharded"), ("fsdp", "sharded"), ("fsdp", "unsharded")):
+def parity_cases(world: int) -> Iterator[ParityCase]:
+    """Every strategy with both settings of accumulation; hsdp as two copies of the model, from four processes on."""
+    layouts = [ParallelConfig(strategy=strategy) for strategy in ("ddp", "zero1", "zero2")]
+    for grad_accumulation in ("sharded", "unsharded"):
+        layouts.append(ParallelConfig(strategy="fsdp", grad_accumulation=grad_accumulation))
+        if world >= 4:
+            layouts.append(ParallelConfig(strategy="hsdp", dp_replicate=2, grad_accumulation=grad_accumulation))
+    for parallel in layouts:
         for model in MODELS:
             for accumulation in (1, 3):
-                yield ParityCase(strategy, grad_accumulation, accumulation, model)
+                yield ParityCase(parallel, accumulation, model)
 
 
 def parity_table(pool: RankPool, worlds: tuple[int, ...] = WORLDS) -> Iterator[ParityRow]:
     """Run every case on every world; each gives a row for its gradients and one for its final parameters."""
     for world in worlds:
-        for case in parity_cases():
+        for case in parity_cases(world):
             job = "disttrain.testing.parity:parity_job"
-            gradients, parameters = pool.run(job, world, device=pool.device, **asdict(case))[0]
+            gradients, parameters = pool.run(job, world, device=pool.device, case=case)[0]
             name = f"{case.model}, accumulation {case.accumulation}"
             yield ParityRow(case.label, world, name, "gradients", gradients, GRADIENT_TOLERANCE)
             yield ParityRow(case.label, world, name, "parameters", parameters, PARAMETER_TOLERANCE)
 
 
-def parity_job(rank: int, world: int, device: str, **case: Any) -> tuple[float, float]:
+def parity_job(rank: int, world: int, device: str, case: ParityCase) -> tuple[float, float]:
     """One cell on this rank: the largest errors of gradients (with norms) and of final parameters."""
     place = torch.device(device, rank) if device == "cuda" else torch.device(device)
-    return measure_parity(rank, world, place, ParityCase(**case))
+    return measure_parity(rank, world, place, case)
 
 
 def measure_parity(
@@ -120,23 +126,20 @@ def measure_parity(
 ) -> tuple[float, float]:
     """As `parity_job`; `mutate` may spoil the engine, to show that the table can turn red."""
     config = MODELS[case.model]
-    dims = ParallelDims.resolve(case.strategy, None, None, world)
+    parallel = case.parallel
+    dims = ParallelDims.resolve(parallel.strategy, parallel.dp_replicate, parallel.dp_shard, world)
     gpt, model = build_model(
         config,
         max_length=LENGTH,
         mesh=build_mesh(dims, device.type),
-        strategy=case.strategy,
+        parallel=parallel,
         seed=0,
         device=device,
         dtype=torch.float64,
     )
     start = {name: _whole(parameter) for name, parameter in gpt.named_parameters()}
-    engine = RecordingEngine(
-        model,
-        build_optimizer(gpt, OPTIM, GPT_PLAN),
-        clip_norm=OPTIM.clip_norm,
-        grad_accumulation=case.grad_accumulation,
-    )
+    optimizer = build_optimizer(gpt, OPTIM, GPT_PLAN)
+    engine = RecordingEngine(gpt, model, optimizer, clip_norm=OPTIM.clip_norm, parallel=parallel, device=device)
     spoilt = mutate(engine)
     for step in range(STEPS):
         train_step(spoilt, _rank_batches(step, rank, world, case.accumulation), lr_factor=1.0, device=device)
@@ -161,13 +164,12 @@ class RecordingEngine(NativeEngine):
         self.gradients: list[dict[str, Tensor]] = []
         self.grad_norms: list[float] = []
 
-    def finish_step(self, lr_factor: float) -> Tensor:
-        self.gradients.append(
-            {n.removeprefix("module."): _whole(p.grad) for n, p in self.model.named_parameters() if p.grad is not None}
-        )
-        grad_norm = super().finish_step(lr_factor)
-        self.grad_norms.append(grad_norm.item())
-        return grad_norm
+    def finish_step(self, lr_factor: float) -> UpdateResult:
+        grads = {name: p.grad for name, p in self.module.named_parameters()}
+        self.gradients.append({name: _whole(grad) for name, grad in grads.items() if grad is not None})
+        update = super().finish_step(lr_factor)
+        self.grad_norms.append(update.grad_norm.item())
+        return update
 
 
 def global_batch(step: int) -> tuple[Tensor, Tensor]:

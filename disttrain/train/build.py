@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from disttrain.config import ModelConfig, RunConfig
+from disttrain.config.parallel import ParallelConfig
 from disttrain.data.loader import BatchLoader, SampleOrder
 from disttrain.data.source import Data
 from disttrain.distributed.env import Ranks
@@ -39,15 +40,13 @@ def build_training(config: RunConfig, data: Data, ranks: Ranks, device: torch.de
         config.model,
         max_length=config.train.sequence_length,
         mesh=mesh,
-        strategy=config.parallel.strategy,
+        parallel=config.parallel,
         seed=config.train.seed,
         device=device,
     )
+    optimizer = build_optimizer(gpt, config.optim, GPT_PLAN)
     engine = NativeEngine(
-        model,
-        build_optimizer(gpt, config.optim, GPT_PLAN),
-        clip_norm=config.optim.clip_norm,
-        grad_accumulation=config.parallel.grad_accumulation,
+        gpt, model, optimizer, clip_norm=config.optim.clip_norm, parallel=config.parallel, device=device
     )
     order = SampleOrder(data.train, config.train.sequence_length, config.train.seed)
     loader = BatchLoader(order, plan.samples, plan.microbatch, ranks.rank, ranks.world)
@@ -59,20 +58,21 @@ def build_model(
     *,
     max_length: int,
     mesh: DeviceMesh,
-    strategy: str,
+    parallel: ParallelConfig,
     seed: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[GPT, nn.Module]:
-    """The GPT, cut for `strategy` over `mesh`, with its initial weights; and the module to call in its place."""
+    """The GPT with its initial weights, cut over `mesh` as `parallel` says; and the module to call in its place."""
     gpt = build_gpt(config, max_length, torch.device("meta"), dtype)
+    gpt.loss_chunk_tokens = parallel.loss_chunk_tokens
 
     def materialise(module: nn.Module) -> None:
-        module.to_empty(device=device)
+        module.to_empty(device="cpu" if parallel.cpu_offload else device)
         gpt.tie_weights()
         init_parameters(gpt, seed)
 
-    return gpt, parallelize(gpt, mesh, strategy, GPT_PLAN, materialise)
+    return gpt, parallelize(gpt, mesh, parallel, GPT_PLAN, materialise)
 
 
 def build_gpt(config: ModelConfig, max_length: int, device: torch.device, dtype: torch.dtype = torch.float32) -> GPT:

@@ -21,9 +21,9 @@ def sample_text(model: nn.Module, tokenizer: Tokenizer | None, config: RunConfig
     if tokenizer is None or not config.monitor.sample_tokens:
         return None
     prompt = [tokenizer.eot_id, *tokenizer.encode_batch([config.monitor.sample_prompt])[0].tolist()]
-    tokens = generate_tokens(
+    (tokens,) = generate_tokens(
         model,
-        prompt,
+        [prompt],
         config.monitor.sample_tokens,
         max_length=config.train.sequence_length,
         device=device,

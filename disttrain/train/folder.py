@@ -70,9 +70,7 @@ class RunFolder:
             except OSError as error:
                 lock.seek(0)
                 owner = lock.read().strip() or "another process"
-                raise UserError(
-                    f"{self.path}: {owner} is running here; wait for it or set another run.name"
-                ) from error
+                raise UserError(f"{self.path}: {owner} is running here; wait for it or set another run.name") from error
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()

@@ -56,7 +56,7 @@ class TrainingLoop:
         self.run_id, self.config, self.data, self.ranks, self.device = run.run_id, run.config, run.data, ranks, device
         self.parts = build_training(run.config, run.data, ranks, device)
         self.checkpoints = CheckpointManager(run.folder.checkpoints, run.config.checkpoint.keep_last, run.run_id)
-        self.metrics = MetricBuffer({"loss_sum": "sum", "data_seconds": "max"}, device)
+        self.metrics = MetricBuffer({"loss_sum": "sum", "data_seconds": "max", "skipped_steps": "max"}, device)
         self.position, notes = self._resume()
         self.output = RunOutput(run, ranks, self.position.step, notes)
         self.first_step = self.logged_step = self.position.step
@@ -93,7 +93,7 @@ class TrainingLoop:
         self.position, step = reached, reached.step
         if step % self.config.monitor.log_every == 0 or step in (self.first_step + 1, self.config.train.total_steps):
             self.metrics.add("loss_sum", result.loss_sum)
-            self._log(result.valid_tokens, factor, result.grad_norm)
+            self._log(result.valid_tokens, factor, result.update.grad_norm)
         return result.stop
 
     def _lr_factor(self, reached: Position) -> float:
@@ -153,8 +153,8 @@ class TrainingLoop:
         found = self.checkpoints.latest()
         if found is None:
             return Position(), []
-        parameters_will_change(self.parts.model)
         self.checkpoints.load(self.parts.engine.state(), found)
+        self.parts.engine.loaded()
         manifest = found.manifest
         notes = [*found.rejected, f"resumed from {found.directory} (step {manifest.step})"]
         return Position(manifest.step, manifest.samples, manifest.tokens), notes

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from disttrain.data.loader import IGNORE_LABEL
 from disttrain.distributed.collectives import dist_sum_integers
-from disttrain.engines import Engine
+from disttrain.engines import Engine, UpdateResult
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,7 @@ class StepResult:
 
     loss_sum: Tensor
     """This rank's part of the summed cross-entropy, in nats."""
-    grad_norm: Tensor
-    """Of all gradients together, before clipping."""
+    update: UpdateResult
     valid_tokens: int
     """Predicted tokens of the whole global batch."""
     stop: bool
@@ -50,5 +49,5 @@ def train_step(
         engine.backward(loss / max(valid_tokens, 1))
         loss_sum = loss_sum + loss.detach()
 
-    grad_norm = engine.finish_step(lr_factor)
-    return StepResult(loss_sum, grad_norm, valid_tokens, stop=stops > 0)
+    update = engine.finish_step(lr_factor)
+    return StepResult(loss_sum, update, valid_tokens, stop=stops > 0)

@@ -22,7 +22,7 @@ def test_defaults_take_all_processes(world: int) -> None:
         ("fsdp", 1, 8, 3, ["dp_replicate 1 x dp_shard 8 = 8 processes, but there are 3", "--nproc 8"]),
         ("ddp", 3, None, 4, ["dp_replicate 3 x dp_shard 1 = 3 processes, but there are 4", "--nproc 3"]),
         ("ddp", None, 2, 2, ["parallel.dp_shard = 2", "set it to 1 or use fsdp"]),
-        ("fsdp", 2, None, 4, ["parallel.dp_replicate = 2", "set it to 1"]),
+        ("fsdp", 2, None, 4, ["parallel.dp_replicate = 2", "use hsdp"]),
     ],
 )
 def test_meshes_that_do_not_multiply(

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from disttrain.config import ParallelDims
+from disttrain.config.parallel import ParallelConfig, Strategy
 from disttrain.data.loader import Microbatch
 from disttrain.distributed.mesh import build_mesh
 from disttrain.parallel import parameters_will_change
@@ -23,14 +24,14 @@ def _batches(rank: int, world: int) -> list[Microbatch]:
     return [Microbatch(tokens[mine], labels[mine])]
 
 
-def evaluate_write_evaluate(rank: int, world: int, strategy: str) -> list[float]:
+def evaluate_write_evaluate(rank: int, world: int, strategy: Strategy) -> list[float]:
     """Losses of seed 0, of seed 1 written over it, and of a model that had seed 1 from the start."""
     models = [
         build_model(
             MODELS["modern"],
             max_length=LENGTH,
             mesh=build_mesh(ParallelDims.resolve(strategy, None, None, world), "cpu"),
-            strategy=strategy,
+            parallel=ParallelConfig(strategy=strategy),
             seed=seed,
             device=CPU,
             dtype=torch.float64,
@@ -54,7 +55,7 @@ def bits_per_byte(rank: int, world: int) -> tuple[float, float | None, int]:
         MODELS["gpt2"],
         max_length=LENGTH,
         mesh=build_mesh(ParallelDims.resolve("fsdp", None, None, world), "cpu"),
-        strategy="fsdp",
+        parallel=ParallelConfig(strategy="fsdp"),
         seed=0,
         device=CPU,
         dtype=torch.float64,

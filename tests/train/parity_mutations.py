@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 import disttrain.train.step
-from disttrain.engines import Engine
+from disttrain.engines import Engine, UpdateResult
 from disttrain.testing.parity import ParityCase, RecordingEngine, measure_parity
 
 
-def spoilt_parity(rank: int, world: int, mistake: str, case: dict) -> tuple[float, float]:
+def spoilt_parity(rank: int, world: int, mistake: str, case: ParityCase) -> tuple[float, float]:
     """The errors of a cell whose engine or token count makes `mistake`."""
     count = disttrain.train.step.dist_sum_integers
     if mistake == "a wrong token count":
         disttrain.train.step.dist_sum_integers = lambda *values: [value * world for value in values]
     try:
         engines = {"a mean in place of a sum": _mean, "a dropped rank": _dropped}
-        return measure_parity(rank, world, torch.device("cpu"), ParityCase(**case), engines.get(mistake, lambda e: e))
+        return measure_parity(rank, world, torch.device("cpu"), case, engines.get(mistake, lambda e: e))
     finally:
         disttrain.train.step.dist_sum_integers = count
 
@@ -42,8 +42,11 @@ class _Scaled:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * self.factor)
 
-    def finish_step(self, lr_factor: float) -> Tensor:
+    def finish_step(self, lr_factor: float) -> UpdateResult:
         return self.engine.finish_step(lr_factor)
 
     def state(self) -> dict[str, Tensor]:
         return self.engine.state()
+
+    def loaded(self) -> None:
+        self.engine.loaded()

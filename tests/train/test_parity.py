@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 
+from disttrain.config.parallel import ParallelConfig
 from disttrain.testing import RankPool
 from disttrain.testing.parity import GRADIENT_TOLERANCE, WORLDS, ParityCase, parity_table
 
@@ -13,8 +12,10 @@ from disttrain.testing.parity import GRADIENT_TOLERANCE, WORLDS, ParityCase, par
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_layout_trains_as_one_process(pool: RankPool, world: int) -> None:
     rows = list(parity_table(pool, (world,)))
-    assert len(rows) == 24
-    assert {row.strategy for row in rows} == {"ddp", "fsdp (sharded)", "fsdp (unsharded)"}
+    strategies = {"ddp", "zero1", "zero2", "fsdp sharded", "fsdp unsharded"}
+    hsdp = {"hsdp sharded", "hsdp unsharded"} if world >= 4 else set()
+    assert {row.strategy for row in rows} == strategies | hsdp
+    assert len(rows) == 8 * len(strategies | hsdp)
     assert [row.contract() for row in rows if not row.passed] == []
 
 
@@ -22,13 +23,15 @@ def test_every_layout_trains_as_one_process(pool: RankPool, world: int) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        ParityCase("ddp", "unsharded", 1, "gpt2"),
-        ParityCase("fsdp", "sharded", 3, "modern"),
-        ParityCase("fsdp", "unsharded", 3, "gpt2"),
+        ParityCase(ParallelConfig(strategy="ddp"), 1, "gpt2"),
+        ParityCase(ParallelConfig(strategy="zero1"), 3, "gpt2"),
+        ParityCase(ParallelConfig(strategy="zero2"), 3, "modern"),
+        ParityCase(ParallelConfig(strategy="fsdp"), 3, "modern"),
+        ParityCase(ParallelConfig(strategy="hsdp", dp_replicate=2), 3, "gpt2"),
     ],
     ids=lambda case: case.label,
 )
 def test_a_mistake_turns_the_cell_red(pool: RankPool, case: ParityCase, mistake: str) -> None:
     job = "tests.train.parity_mutations:spoilt_parity"
-    gradients, _ = pool.run(job, 2, mistake=mistake, case=asdict(case))[0]
+    gradients, _ = pool.run(job, 4, mistake=mistake, case=case)[0]
     assert gradients > 1e6 * GRADIENT_TOLERANCE
