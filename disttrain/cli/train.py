@@ -119,6 +119,10 @@ def _run_rank(run: PreparedRun, ranks: Ranks) -> State:
     # A signal before the loop ends us at once: there is nothing to save yet.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
+    if run.config.parallel.compile:
+        # torch keeps compiled code in a temporary folder otherwise, and the next start would compile again.
+        kept = Path(run.config.data.cache_dir).expanduser() / "inductor"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
     from disttrain.distributed.process_group import distributed, select_device
     from disttrain.train.loop import run_training
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -61,18 +61,34 @@ class EncodedShards:
         return b"".join(part.astype(self._dtype).tobytes() for part in parts)
 
 
-class BinShards:
-    """Token arrays that are mapped already, one for each .bin file or part of one."""
+class BinPart(NamedTuple):
+    """The tokens from `start` up to `stop` of a .bin file."""
 
-    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
-        self._arrays = list(arrays)
+    path: Path
+    start: int
+    stop: int
+
+
+class BinShards:
+    """Parts of .bin files, each mapped when it is first asked for."""
+
+    def __init__(self, parts: Sequence[BinPart]) -> None:
+        self._parts = list(parts)
+        self._maps: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return len(self._parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A map that is pickled for another process would travel as a copy of the file.
+        return {"_parts": self._parts, "_maps": {}}
 
     def tokens(self, index: int) -> np.ndarray:
         """The tokens of one shard."""
-        return self._arrays[index]
+        if index not in self._maps:
+            part = self._parts[index]
+            self._maps[index] = open_bin(part.path)[part.start : part.stop]
+        return self._maps[index]
 
 
 def bin_shard_sets(path: Path, validation_fraction: float) -> tuple[BinShards, BinShards]:
@@ -83,17 +99,21 @@ def bin_shard_sets(path: Path, validation_fraction: float) -> tuple[BinShards, B
     """
     named = find_files(path, (".bin",))
     held_out = [file for _, file in named if "val" in file.name] if len(named) > 1 else []
-    train = [open_bin(file) for _, file in named if file not in held_out]
+    train = [_whole(file) for _, file in named if file not in held_out]
     if not train:
         raise UserError(
             f"{path}: all of its {len(named)} .bin files have val in their name, which leaves none to train on; "
             "rename the training files"
         )
     if held_out:
-        return BinShards(train), BinShards([open_bin(file) for file in held_out])
-    last = train.pop()
-    cut = last.size - int(last.size * validation_fraction)
-    return BinShards([*train, last[:cut]]), BinShards([last[cut:]])
+        return BinShards(train), BinShards([_whole(file) for file in held_out])
+    path, _, size = train.pop()
+    cut = size - int(size * validation_fraction)
+    return BinShards([*train, BinPart(path, 0, cut)]), BinShards([BinPart(path, cut, size)])
+
+
+def _whole(path: Path) -> BinPart:
+    return BinPart(path, 0, open_bin(path).size)
 
 
 def open_bin(path: Path) -> np.ndarray:

@@ -2,5 +2,6 @@
 
 from disttrain.parallel.grad_sync import SyncRules, parameters_will_change, set_gradient_sync
 from disttrain.parallel.parallelize import parallelize
+from disttrain.parallel.precision import device_notes
 
-__all__ = ["SyncRules", "parallelize", "parameters_will_change", "set_gradient_sync"]
+__all__ = ["SyncRules", "device_notes", "parallelize", "parameters_will_change", "set_gradient_sync"]

@@ -124,7 +124,7 @@ def parity_job(rank: int, world: int, device: str, case: ParityCase) -> tuple[fl
 def measure_parity(
     rank: int, world: int, device: torch.device, case: ParityCase, mutate: Callable[[Engine], Engine] = lambda e: e
 ) -> tuple[float, float]:
-    """As `parity_job`; `mutate` may spoil the engine, to show that the table can turn red."""
+    """As `parity_job`, judged by rank 0 (the others return zeros); `mutate` may spoil the engine, to turn cells red."""
     config = MODELS[case.model]
     parallel = case.parallel
     dims = ParallelDims.resolve(parallel.strategy, parallel.dp_replicate, parallel.dp_shard, world)
@@ -144,6 +144,8 @@ def measure_parity(
     for step in range(STEPS):
         train_step(spoilt, _rank_batches(step, rank, world, case.accumulation), lr_factor=1.0, device=device)
     end = {name: _whole(parameter) for name, parameter in gpt.named_parameters()}
+    if rank != 0:
+        return 0.0, 0.0
 
     no_decay = {name for name in start if matches(name, GPT_PLAN.no_decay)}
     expected, expected_end = reference_training(

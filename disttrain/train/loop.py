@@ -6,14 +6,13 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from disttrain.checkpoint.manager import CheckpointManager
 from disttrain.data.loader import validation_batches
 from disttrain.distributed.env import Ranks
 from disttrain.flops import training_flops_per_token
 from disttrain.monitor import MetricBuffer
-from disttrain.parallel import parameters_will_change
+from disttrain.parallel import device_notes, parameters_will_change
 from disttrain.resilience import StopRequest
 from disttrain.schedule import lr_factor
 from disttrain.train.build import build_training
@@ -22,7 +21,7 @@ from disttrain.train.finish import bigram_line, sample_text
 from disttrain.train.folder import State
 from disttrain.train.output import RunOutput
 from disttrain.train.preflight import PreparedRun
-from disttrain.train.step import train_step
+from disttrain.train.step import StepResult, train_step
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,9 @@ class TrainingLoop:
         self.run_id, self.config, self.data, self.ranks, self.device = run.run_id, run.config, run.data, ranks, device
         self.parts = build_training(run.config, run.data, ranks, device)
         self.checkpoints = CheckpointManager(run.folder.checkpoints, run.config.checkpoint.keep_last, run.run_id)
-        self.metrics = MetricBuffer({"loss_sum": "sum", "data_seconds": "max", "skipped_steps": "max"}, device)
+        self.metrics = MetricBuffer({"loss_sum": "sum", "data_seconds": "max", "skipped_steps": "sum"}, device)
         self.position, notes = self._resume()
+        notes += device_notes(run.config.parallel, device)
         self.output = RunOutput(run, ranks, self.position.step, notes)
         self.first_step = self.logged_step = self.position.step
         self.logged_at = time.perf_counter()
@@ -90,10 +90,11 @@ class TrainingLoop:
             device=self.device,
             stop_wanted=stop_wanted,
         )
+        self.metrics.add("skipped_steps", result.update.skipped)
         self.position, step = reached, reached.step
         if step % self.config.monitor.log_every == 0 or step in (self.first_step + 1, self.config.train.total_steps):
             self.metrics.add("loss_sum", result.loss_sum)
-            self._log(result.valid_tokens, factor, result.update.grad_norm)
+            self._log(result, factor)
         return result.stop
 
     def _lr_factor(self, reached: Position) -> float:
@@ -106,7 +107,7 @@ class TrainingLoop:
             final_ratio=schedule.final_ratio,
         )
 
-    def _log(self, valid_tokens: int, factor: float, grad_norm: Tensor) -> None:
+    def _log(self, result: StepResult, factor: float) -> None:
         """The loss of this very step, so that a trace does not depend on where a run was resumed."""
         reduced = self.metrics.reduce()
         now, steps = time.perf_counter(), self.position.step - self.logged_step
@@ -116,21 +117,23 @@ class TrainingLoop:
         flops = training_flops_per_token(
             self.parts.gpt.matmul_parameters, model.n_layers, model.d_model, self.config.train.sequence_length
         )
-        self.output.log(
-            {
-                "step": self.position.step,
-                "tokens": self.position.tokens,
-                "loss": reduced["loss_sum"] / max(valid_tokens, 1),
-                "lr": self.config.optim.lr * factor,
-                "grad_norm": grad_norm.item(),
-                "valid_tokens": valid_tokens,
-                "tokens_per_second": tokens_per_second,
-                "model_flops_per_second": tokens_per_second * flops,
-                "step_seconds": step_seconds,
-                "data_seconds": reduced["data_seconds"],
-                "seconds_left": step_seconds * (self.config.train.total_steps - self.position.step),
-            }
-        )
+        record = {
+            "step": self.position.step,
+            "tokens": self.position.tokens,
+            "loss": reduced["loss_sum"] / max(result.valid_tokens, 1),
+            "lr": self.config.optim.lr * factor,
+            "grad_norm": result.update.grad_norm.item(),
+            "valid_tokens": result.valid_tokens,
+            "tokens_per_second": tokens_per_second,
+            "model_flops_per_second": tokens_per_second * flops,
+            "step_seconds": step_seconds,
+            "data_seconds": reduced["data_seconds"],
+            "seconds_left": step_seconds * (self.config.train.total_steps - self.position.step),
+        }
+        if self.config.parallel.param_dtype == "fp16":
+            record["loss_scale"] = self.parts.engine.loss_scale.scale.item()
+            record["skipped_steps"] = reduced["skipped_steps"] / self.ranks.world
+        self.output.log(record)
         self.logged_step, self.logged_at = self.position.step, now
 
     def _evaluate(self) -> None:

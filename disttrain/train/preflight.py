@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,11 @@ def is_complete(config: RunConfig) -> bool:
 
 def prepare_run(config: RunConfig) -> PreparedRun:
     """Open the data, settle the vocabulary, and compare with what the run folder already holds; UserError otherwise."""
+    if config.parallel.compile and not (shutil.which("g++") or shutil.which("clang++")):
+        raise UserError(
+            "parallel.compile = true: torch.compile calls a C++ compiler, and neither g++ nor clang++ is on PATH; "
+            "install one or set parallel.compile=false"
+        )
     data = open_config_data(config)
     check_length(data, config.train.sequence_length)
     vocab_size = _vocabulary(config, data)

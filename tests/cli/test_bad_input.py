@@ -18,7 +18,7 @@ CASES = {
     "wrong type": (["train.steps=many"], ["train.steps", "'many'", "integer"]),
     "no number": (["optim.lr=nan"], ["optim.lr", "finite", "nan"]),
     "negative": (["train.steps=-1"], ["train.steps", "greater than 0", "-1"]),
-    "no such choice": (["parallel.strategy=zero9"], ["parallel.strategy", "'ddp' or 'fsdp'", "'zero9'"]),
+    "no such choice": (["parallel.strategy=zero9"], ["parallel.strategy", "'fsdp' or 'hsdp'", "'zero9'"]),
     "heads": (["model.n_heads=3"], ["d_model = 16", "n_heads = 3", "nearest: d_model = 15"]),
     "two lengths": (["train.tokens=512"], ["train", "steps and tokens"]),
     "mesh": (["--nproc", "4", "parallel.dp_shard=3"], ["dp_shard 3", "= 3 processes", "there are 4", "--nproc 3"]),

@@ -74,7 +74,10 @@ every = true
         ("optim.lr=true", "optim.lr: must be a valid number (got True)"),
         ("optim.lr=inf", "optim.lr: must be a finite number (got inf)"),
         ("monitor.bigram_baseline=1", "monitor.bigram_baseline: must be a valid boolean (got 1)"),
-        ("parallel.strategy=zero9", "parallel.strategy: must be 'ddp' or 'fsdp' (got 'zero9')"),
+        (
+            "parallel.strategy=zero9",
+            "parallel.strategy: must be 'ddp', 'zero1', 'zero2', 'fsdp' or 'hsdp'",
+        ),
         ("optim.betas=[0.9]", "optim.betas.1: missing; set it in the file or as an override"),
         ("train.tokens=4", "train: set exactly one of steps and tokens: how long the run is"),
         ("model.d_model=100", "d_model = 100 does not split into n_heads = 6 equal heads; nearest: d_model = 102"),

@@ -6,8 +6,20 @@ import numpy as np
 import pytest
 
 from disttrain.data.corpus import Corpus, synthetic_corpus
-from disttrain.data.token_shards import BinShards
 from disttrain.data.tokenizer import Tokenizer
+
+
+class ArrayShards:
+    """A shard set of arrays in memory."""
+
+    def __init__(self, arrays: list[np.ndarray]) -> None:
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def tokens(self, index: int) -> np.ndarray:
+        return self.arrays[index]
 
 
 class SizedShards:
@@ -26,10 +38,10 @@ class SizedShards:
 
 
 @pytest.fixture
-def counted() -> BinShards:
+def counted() -> ArrayShards:
     """Four shards, 0 to 1199 in all: the token is its place, so a window tells where it came from."""
     tokens = np.arange(1200, dtype=np.uint16)
-    return BinShards([tokens[:500], tokens[500:505], tokens[505:900], tokens[900:]])
+    return ArrayShards([tokens[:500], tokens[500:505], tokens[505:900], tokens[900:]])
 
 
 @pytest.fixture(scope="session")

@@ -8,17 +8,17 @@ import pytest
 
 from disttrain.data.corpus import Corpus
 from disttrain.data.loader import IGNORE_LABEL, BatchLoader, SampleOrder, validation_batches
-from disttrain.data.token_shards import BinShards, EncodedShards
+from disttrain.data.token_shards import EncodedShards
 from disttrain.data.tokenizer import Tokenizer
 from disttrain.errors import UserError
-from tests.data.conftest import SizedShards
+from tests.data.conftest import ArrayShards, SizedShards
 
 LENGTH = 10
 WINDOWS = 49 + 0 + 39 + 29
 """Of the shards of `counted`, with 500, 5, 395 and 300 tokens."""
 
 
-def test_every_epoch_takes_each_window_once(counted: BinShards) -> None:
+def test_every_epoch_takes_each_window_once(counted: ArrayShards) -> None:
     order = SampleOrder(counted, LENGTH, seed=0)
     epochs = [[order.locate(e * WINDOWS + i) for i in range(WINDOWS)] for e in range(3)]
     windows = [(0, w) for w in range(49)] + [(2, w) for w in range(39)] + [(3, w) for w in range(29)]
@@ -27,7 +27,7 @@ def test_every_epoch_takes_each_window_once(counted: BinShards) -> None:
     assert [order.locate(i) for i in range(WINDOWS)] == epochs[0]
 
 
-def test_a_sample_is_the_window_it_says(counted: BinShards) -> None:
+def test_a_sample_is_the_window_it_says(counted: ArrayShards) -> None:
     order = SampleOrder(counted, LENGTH, seed=0)
     offsets = [0, 500, 505, 900]
     for position in range(WINDOWS):
@@ -37,7 +37,7 @@ def test_a_sample_is_the_window_it_says(counted: BinShards) -> None:
         assert order.window(position).tolist() == list(range(first, first + LENGTH + 1))
 
 
-def test_a_sample_depends_on_seed_and_position_alone(counted: BinShards) -> None:
+def test_a_sample_depends_on_seed_and_position_alone(counted: ArrayShards) -> None:
     walked = SampleOrder(counted, LENGTH, seed=5)
     samples = [walked.window(i) for i in range(3 * WINDOWS)]
     for position in (0, 1, WINDOWS - 1, WINDOWS, 3 * WINDOWS - 1):
@@ -46,7 +46,7 @@ def test_a_sample_depends_on_seed_and_position_alone(counted: BinShards) -> None
     assert any(not np.array_equal(other.window(i), samples[i]) for i in range(5))
 
 
-def global_batch(shards: BinShards, world: int, microbatch: int, position: int) -> np.ndarray:
+def global_batch(shards: ArrayShards, world: int, microbatch: int, position: int) -> np.ndarray:
     loaders = [BatchLoader(SampleOrder(shards, LENGTH, 0), 16, microbatch, rank, world) for rank in range(world)]
     parts = [part for loader in loaders for part in loader.microbatches(position)]
     assert len(parts) == 16 // microbatch
@@ -56,14 +56,14 @@ def global_batch(shards: BinShards, world: int, microbatch: int, position: int) 
 
 
 @pytest.mark.parametrize("position", [0, 16, WINDOWS - 3, 16 * 1000])
-def test_the_global_batch_is_the_same_for_every_layout(counted: BinShards, position: int) -> None:
+def test_the_global_batch_is_the_same_for_every_layout(counted: ArrayShards, position: int) -> None:
     expected = global_batch(counted, world=1, microbatch=16, position=position)
     for world in (1, 2, 4):
         for microbatch in (1, 2, 4):
             assert np.array_equal(global_batch(counted, world, microbatch, position), expected)
 
 
-def test_an_uneven_global_batch_is_refused_with_the_arithmetic(counted: BinShards) -> None:
+def test_an_uneven_global_batch_is_refused_with_the_arithmetic(counted: ArrayShards) -> None:
     order = SampleOrder(counted, LENGTH, 0)
     with pytest.raises(
         UserError, match=r"30 samples: not a multiple of 4 ranks \* 2 .* = 8; 32 is the nearest that is"
@@ -94,7 +94,7 @@ def test_a_trillion_tokens_cost_no_memory() -> None:
     assert peak_bytes < 4 << 20
 
 
-def test_a_far_epoch_of_a_short_set_is_computed_and_not_walked(counted: BinShards) -> None:
+def test_a_far_epoch_of_a_short_set_is_computed_and_not_walked(counted: ArrayShards) -> None:
     position = 10**12 + 7
     assert SampleOrder(counted, LENGTH, 0).locate(position) == SampleOrder(counted, LENGTH, 0).locate(position)
 
@@ -112,7 +112,7 @@ def test_a_set_without_a_window_is_refused_with_the_numbers(sizes: tuple[int, ..
 
 
 @pytest.mark.parametrize(("world", "rows"), [(1, 4), (2, 4), (3, 2), (4, 8)])
-def test_validation_counts_the_same_windows_for_every_layout(counted: BinShards, world: int, rows: int) -> None:
+def test_validation_counts_the_same_windows_for_every_layout(counted: ArrayShards, world: int, rows: int) -> None:
     ranks = [list(validation_batches(counted, LENGTH, 555, r, world, rows)) for r in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     assert all(part.tokens.shape == (rows, LENGTH) for batches in ranks for part in batches)

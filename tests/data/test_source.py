@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from disttrain.data import source as source_module
-from disttrain.data.source import Data, check_length, open_data
+from disttrain.data.source import Data, check_length, check_token_ids, open_data
 from disttrain.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -90,8 +90,10 @@ def test_bin_files_need_no_tokenizer_but_take_one(tmp_path: Path) -> None:
 
 def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "a.bin")
-    with pytest.raises(UserError, match=r"holds token 899, but .* 512 - 1 = 511; set vocab_size to 900"):
-        opened(tmp_path, tmp_path / "a.bin", vocab_size=512)
+    data = opened(tmp_path, tmp_path / "a.bin")
+    check_token_ids(data, 900)
+    with pytest.raises(UserError, match=r"holds token 899, but .* 512 - 1 = 511; set model.vocab_size to 900"):
+        check_token_ids(data, 512)
 
 
 def test_a_missing_path_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +115,12 @@ def test_only_validation_files_are_refused(tmp_path: Path) -> None:
         TOKENS.tofile(tmp_path / name)
     with pytest.raises(UserError, match=r"all of its 2 \.bin files have val in their name"):
         bin_shard_sets(tmp_path, 0.1)
+
+
+def test_mapped_files_travel_to_another_process_as_names(tmp_path: Path) -> None:
+    np.arange(50_000, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    train, _ = bin_shard_sets(tmp_path / "a.bin", 0.1)
+    assert train.tokens(0).size == 45_000
+    sent = pickle.dumps(train)
+    assert len(sent) < 1_000
+    assert np.array_equal(pickle.loads(sent).tokens(0), train.tokens(0))

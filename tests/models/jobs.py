@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from disttrain.config import ModelConfig, ParallelDims
+from disttrain.config.parallel import ParallelConfig, Strategy
 from disttrain.distributed.mesh import build_mesh
 from disttrain.models import GPT, generate_tokens
 from disttrain.train.build import build_model
@@ -14,15 +15,21 @@ from disttrain.train.build import build_model
 LENGTH = 7
 
 
-def built(world: int, strategy: str, config: ModelConfig) -> tuple[GPT, torch.nn.Module]:
+def built(world: int, strategy: Strategy, config: ModelConfig) -> tuple[GPT, torch.nn.Module]:
     mesh = build_mesh(ParallelDims.resolve(strategy, None, None, world), "cpu")
     return build_model(
-        config, max_length=LENGTH, mesh=mesh, strategy=strategy, seed=3, device=torch.device("cpu"), dtype=torch.float64
+        config,
+        max_length=LENGTH,
+        mesh=mesh,
+        parallel=ParallelConfig(strategy=strategy),
+        seed=3,
+        device=torch.device("cpu"),
+        dtype=torch.float64,
     )
 
 
 def initial_weights(
-    rank: int, world: int, strategy: str, config: ModelConfig
+    rank: int, world: int, strategy: Strategy, config: ModelConfig
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Whole tensors, and what this rank holds of them."""
     named = dict(built(world, strategy, config)[0].named_parameters())
@@ -31,7 +38,7 @@ def initial_weights(
     return whole, held
 
 
-def tied_head(rank: int, world: int, strategy: str, config: ModelConfig) -> dict[str, Any]:
+def tied_head(rank: int, world: int, strategy: Strategy, config: ModelConfig) -> dict[str, Any]:
     """What became of a tied head after building, and after a forward, a backward and a write."""
     gpt, model = built(world, strategy, config)
     seen: dict[str, Any] = {"same_at_first": gpt.head.weight is gpt.wte.weight, "matmul": gpt.matmul_parameters}
@@ -48,6 +55,6 @@ def tied_head(rank: int, world: int, strategy: str, config: ModelConfig) -> dict
     return seen
 
 
-def sampled(rank: int, world: int, strategy: str, config: ModelConfig, count: int) -> list[int]:
+def sampled(rank: int, world: int, strategy: Strategy, config: ModelConfig, count: int) -> list[int]:
     _, model = built(world, strategy, config)
-    return generate_tokens(model, [1, 2], count, max_length=LENGTH, device=torch.device("cpu"), seed=5)
+    return generate_tokens(model, [[1, 2]], count, max_length=LENGTH, device=torch.device("cpu"), seed=5)[0]

@@ -71,9 +71,9 @@ def test_rope_sees_distances_only() -> None:
     """Moved by a thousand positions together, queries and keys give the same scores."""
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, LENGTH, 8, generator=generator, dtype=torch.float64)
-    near = rotary_angles(LENGTH, 8, 10_000.0, like=q)
-    far = rotary_angles(LENGTH, 8, 10_000.0, like=q, start=1_000)
-    scores = [rotate(q, *angles) @ rotate(k, *angles).T for angles in (near, far)]
+    near = rotary_angles(torch.arange(LENGTH), 8, 10_000.0, like=q)
+    far = rotary_angles(torch.arange(1_000, 1_000 + LENGTH), 8, 10_000.0, like=q)
+    scores = [rotate(q, *angles)[0] @ rotate(k, *angles)[0].T for angles in (near, far)]
     torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-12)
     assert not torch.allclose(scores[0], q @ k.T)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from disttrain.config import ModelConfig, OptimConfig, ParallelDims
+from disttrain.config.parallel import ParallelConfig, Strategy
 from disttrain.distributed.env import Ranks
 from disttrain.distributed.mesh import build_mesh
 from disttrain.distributed.process_group import distributed
@@ -21,27 +22,27 @@ OPTIM = OptimConfig(lr=1e-3, clip_norm=0.5, eps=1e-3)
 LENGTH = 32
 
 
-def one_step(device: torch.device, strategy: str) -> tuple[float, float, dict[str, Tensor]]:
+def one_step(device: torch.device, parallel: ParallelConfig) -> tuple[float, float, dict[str, Tensor]]:
     """Loss, gradient norm and the weights after a step in fp32."""
     with distributed(Ranks(), device, timeout_seconds=60):
         mesh = build_mesh(ParallelDims(1, 1), device.type)
-        gpt, model = build_model(CONFIG, max_length=LENGTH, mesh=mesh, strategy=strategy, seed=0, device=device)
+        gpt, model = build_model(CONFIG, max_length=LENGTH, mesh=mesh, parallel=parallel, seed=0, device=device)
         optimizer = build_optimizer(gpt, OPTIM, GPT_PLAN)
-        engine = NativeEngine(model, optimizer, clip_norm=OPTIM.clip_norm, grad_accumulation="sharded")
+        engine = NativeEngine(gpt, model, optimizer, clip_norm=OPTIM.clip_norm, parallel=parallel, device=device)
         tokens = torch.randint(300, (2, 4, LENGTH), generator=torch.Generator().manual_seed(0))
         result = train_step(engine, [(tokens[0], tokens[1])], lr_factor=1.0, device=device)
         weights = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in gpt.named_parameters()}
         cpu = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
-        return result.loss_sum.item() / result.valid_tokens, result.grad_norm.item(), cpu
+        return result.loss_sum.item() / result.valid_tokens, result.update.grad_norm.item(), cpu
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_step_on_cuda_is_the_step_on_the_cpu(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "fsdp"])
+def test_a_step_on_cuda_is_the_step_on_the_cpu(strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    loss, norm, weights = one_step(torch.device("cuda", 0), strategy)
-    cpu_loss, cpu_norm, cpu_weights = one_step(torch.device("cpu"), strategy)
+    loss, norm, weights = one_step(torch.device("cuda", 0), ParallelConfig(strategy=strategy))
+    cpu_loss, cpu_norm, cpu_weights = one_step(torch.device("cpu"), ParallelConfig(strategy=strategy))
     assert loss == pytest.approx(cpu_loss, rel=1e-4)
     assert norm == pytest.approx(cpu_norm, rel=1e-4)
     for name, expected in cpu_weights.items():

@@ -73,7 +73,7 @@ def test_a_tied_head_stays_one_parameter(pool: RankPool, strategy: str, world: i
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_sample_what_one_process_samples(pool: RankPool, strategy: str) -> None:
-    expected = generate_tokens(alone(TIED), [1, 2], 9, max_length=LENGTH, device=torch.device("cpu"), seed=5)
+    expected = generate_tokens(alone(TIED), [[1, 2]], 9, max_length=LENGTH, device=torch.device("cpu"), seed=5)[0]
     assert pool.run(f"{JOBS}:sampled", 2, strategy=strategy, config=TIED, count=9) == [expected] * 2
 
 

@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 from disttrain.config import ModelConfig, OptimConfig, ParallelDims
+from disttrain.config.parallel import ParallelConfig
 from disttrain.distributed.mesh import build_mesh
 from disttrain.models import GPT_PLAN
 from disttrain.optim import build_optimizer, clip_scale, dist_grad_norm, scale_gradients
@@ -94,8 +95,9 @@ def clipped(rank: int, world: int, max_norm: float) -> tuple[list[Tensor], float
 def sharded_optimizer(rank: int, world: int, config: ModelConfig, optim: OptimConfig) -> tuple[bool, dict[str, Tensor]]:
     """Whether all state lies as its parameter does, before any step; and the weights after three steps."""
     mesh = build_mesh(ParallelDims(1, world), "cpu")
+    cpu = torch.device("cpu")
     gpt, _ = build_model(
-        config, max_length=5, mesh=mesh, strategy="fsdp", seed=0, device=torch.device("cpu"), dtype=torch.float64
+        config, max_length=5, mesh=mesh, parallel=ParallelConfig(), seed=0, device=cpu, dtype=torch.float64
     )
     optimizer = build_optimizer(gpt, optim, GPT_PLAN)
     moments = [(p, optimizer.state[p][key]) for p in gpt.parameters() for key in ("exp_avg", "exp_avg_sq")]
