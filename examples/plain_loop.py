@@ -15,7 +15,7 @@ from disttrain.checkpoint.manager import CheckpointManager
 from disttrain.config import load_config
 from disttrain.data.loader import validation_batches
 from disttrain.distributed.collectives import dist_all_gather_rows
-from disttrain.distributed.env import read_ranks
+from disttrain.distributed.env import Ranks, read_ranks
 from disttrain.distributed.process_group import distributed, select_device
 from disttrain.schedule import lr_factor
 from disttrain.train.build import build_training
@@ -25,7 +25,7 @@ from disttrain.train.step import train_step
 
 
 def main() -> None:
-    ranks = read_ranks()
+    ranks = read_ranks() or Ranks()
     # Settings, data and vocabulary, checked: a UserError here says in words what is wrong.
     run = prepare_run(load_config(Path(sys.argv[1]), sys.argv[2:], world=ranks.world).config)
     config, data, train, schedule = run.config, run.data, run.config.train, run.config.schedule

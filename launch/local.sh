@@ -6,7 +6,7 @@ if [[ $# -lt 2 ]]; then
   cat >&2 <<USAGE
 usage: launch/local.sh STRATEGY NPROC [key.path=value ...]
 
-  STRATEGY  ddp or fsdp
+  STRATEGY  ddp, zero1, zero2, fsdp or hsdp (with parallel.dp_replicate=N)
   NPROC     processes on this machine
   CONFIG    environment variable: the config to train, by default configs/quickstart.toml
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+from pydantic import ValidationError
 
 from disttrain.config import ModelConfig
+from disttrain.config.parallel import ParallelConfig
+from disttrain.data.corpus import file_corpus, read_texts
+from disttrain.data.token_shards import bin_shard_sets
 from disttrain.models import GPT
+from disttrain.models.generate import sampling_probabilities
+from disttrain.optim.loss_scale import INITIAL_SCALE, LossScale
 from disttrain.parallel.ddp import summing_hook
+from disttrain.testing import RankPool
 
 TINY = ModelConfig(n_layers=1, d_model=8, n_heads=2, vocab_size=11)
 
@@ -27,3 +37,52 @@ def test_to_empty_gives_a_tied_head_storage_of_its_own() -> None:
 def test_postponed_annotations_hide_the_types_that_ddp_checks_on_its_hook() -> None:
     annotations = [parameter.annotation for parameter in inspect.signature(summing_hook(None)).parameters.values()]
     assert not any(isinstance(annotation, str) for annotation in annotations)
+
+
+def test_a_loss_scale_that_passed_through_a_run_without_one_begins_anew() -> None:
+    """fp16, then fp32, then fp16 again trained at scale 1; a real scale of 1 jumped to 65536."""
+
+    def carried(source: LossScale, enabled: bool) -> LossScale:
+        target = LossScale(enabled, torch.device("cpu"))
+        for name, tensor in target.state().items():
+            tensor.copy_(source.state()[name])
+        target.loaded()
+        return target
+
+    fp16 = LossScale(True, torch.device("cpu"))
+    fp16.scale.fill_(1.0)
+    assert carried(fp16, True).scale == 1.0
+    fp32 = carried(fp16, False)
+    assert fp32.scale == 1.0
+    assert carried(fp32, True).scale == INITIAL_SCALE
+
+
+def test_a_graph_with_the_hooks_of_checkpointing_in_it_does_not_compile(pool: RankPool) -> None:
+    settings = {"strategy": "fsdp", "compile": True, "activation_checkpointing": "full"}
+    job = "tests.parallel.memory_jobs:train"
+    seen = pool.run(job, 2, timeout_seconds=200, settings=settings, steps=1)[0]
+    plain = pool.run(job, 2, settings={"strategy": "fsdp"}, steps=1)[0]
+    assert seen["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+    with pytest.raises(ValidationError, match="selective"):
+        ParallelConfig(compile=True, activation_checkpointing="selective")
+
+
+def test_a_file_of_one_long_line_has_no_line_end_to_cut_at(tmp_path: Path) -> None:
+    text = "größer als gedacht " * 20_000
+    (tmp_path / "one.txt").write_text(text, encoding="utf-8")
+    corpus = file_corpus(tmp_path / "one.txt", 0.1)
+    pieces = sorted((*corpus.train, *corpus.validation), key=lambda piece: piece.start)
+    assert len(corpus.validation) > 0
+    assert "".join("".join(read_texts(piece)) for piece in pieces) == text
+
+
+def test_the_smallest_temperature_divides_to_infinity() -> None:
+    probabilities = sampling_probabilities(torch.tensor([1.0, 3.0, 2.0]), 1e-310, None, None)
+    assert probabilities.tolist() == [0, 1, 0]
+
+
+def test_val_is_a_word_and_not_a_part_of_one(tmp_path: Path) -> None:
+    for name in ("retrieval_0.bin", "interval.bin", "fineweb_val_0.bin"):
+        np.arange(1000, dtype=np.uint16).tofile(tmp_path / name)
+    train, validation = bin_shard_sets(tmp_path, 0.1)
+    assert (len(train), len(validation)) == (2, 1)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from contextlib import suppress
+
 import typer
 
 from disttrain.cli.config import config_command
@@ -10,7 +14,7 @@ from disttrain.cli.generate import generate_command
 from disttrain.cli.problems import leave_with_problems
 from disttrain.cli.train import train_command
 from disttrain.cli.verify import verify_command
-from disttrain.distributed.env import read_ranks
+from disttrain.distributed.env import Ranks, read_ranks
 from disttrain.errors import UserError
 
 app = typer.Typer(
@@ -28,7 +32,18 @@ app.command("verify")(verify_command)
 
 
 def main() -> None:
+    # Generated text may hold what a terminal's encoding cannot show; that must not end a run.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except UserError as error:
-        leave_with_problems(error, read_ranks())
+        leave_with_problems(error, _ranks())
+
+
+def _ranks() -> Ranks:
+    """Who speaks; a broken environment is among the errors, and then everybody does."""
+    with suppress(UserError):
+        return read_ranks() or Ranks()
+    return Ranks()

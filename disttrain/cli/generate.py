@@ -22,7 +22,7 @@ def generate_command(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(min=1e-6, max=1.0, help="Keep the likeliest up to this share.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="The same seed gives the same text.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the run's.")] = None,
 ) -> None:
     """Continue one prompt or several."""

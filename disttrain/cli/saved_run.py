@@ -32,7 +32,7 @@ def open_run(path: Path, device: str | None = None) -> SavedRun:
     folder = RunFolder(path)
     if not folder.config.is_file():
         raise UserError(f"{path}: no config.json here, so this is no run folder; name one, for example runs/quickstart")
-    config = load_config(path, []).config
+    config = load_config(path, [], check_layout=False).config
 
     from disttrain.checkpoint.manager import CheckpointManager, load_weights
     from disttrain.distributed.process_group import select_device

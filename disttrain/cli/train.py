@@ -18,7 +18,7 @@ from disttrain.config import RunConfig
 from disttrain.config.load import layout_problems, load_config
 from disttrain.distributed.env import Ranks, read_ranks
 from disttrain.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
-from disttrain.resilience import StopRequest
+from disttrain.resilience import STOP_SIGNALS, StopRequest
 from disttrain.train.folder import RunFolder, State
 from disttrain.train.preflight import PreparedRun, is_complete, prepare_run
 
@@ -30,9 +30,17 @@ def train_command(
 ) -> None:
     """Train a model; resume it when its run folder holds a checkpoint."""
     ranks = read_ranks()
-    launched = "RANK" in os.environ
-    loaded = load_config(config, overrides or [], nproc=nproc, world=ranks.world if launched else None)
-    sys.exit(_join(loaded.config, ranks) if launched else _start(loaded.config))
+    if ranks is None:
+        sys.exit(_start(load_config(config, overrides or [], nproc=nproc).config))
+    if nproc not in (None, ranks.local_world):
+        raise UserError(
+            f"--nproc {nproc}, but a launcher has started {ranks.local_world} processes here already: leave it out"
+        )
+    code = _join(load_config(config, overrides or [], world=ranks.world).config, ranks)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by sys.exit: threads of gloo have been seen to abort a rank in the interpreter's teardown.
+    os._exit(code)
 
 
 def _start(config: RunConfig) -> int:
@@ -77,7 +85,7 @@ def _answer(folder: RunFolder, code: int) -> int:
         return EXIT_PREEMPTED
     if code == EXIT_PREEMPTED:
         print(f"stopped on request before there was a checkpoint; nothing to resume, {folder.path}", flush=True)
-    folder.write_status("failed", status.get("step", 0))
+    folder.write_failed()
     return EXIT_BAD_INPUT if code == EXIT_BAD_INPUT else EXIT_FAILED
 
 
@@ -94,7 +102,8 @@ def _join(config: RunConfig, ranks: Ranks) -> int:
 
 
 def _nothing_to_do(config: RunConfig) -> int:
-    print(f"{config.run_dir}: complete at step {config.train.total_steps}; nothing to do")
+    step = RunFolder(config.run_dir).read_status()["step"]
+    print(f"{config.run_dir}: complete at step {step}; nothing to do")
     return EXIT_DONE
 
 
@@ -105,7 +114,7 @@ def _print_notes(run: PreparedRun) -> None:
 
 def rank_main(run: PreparedRun, parent: int) -> None:
     """What a rank that `disttrain train` started runs; its exit code is its only answer."""
-    if _run_rank(run, read_ranks()) == "preempted":
+    if _run_rank(run, read_ranks() or Ranks()) == "preempted":
         # Not by returning: torch's agent holds a function that returned until it has collected all ranks' results,
         # which it does not do once it was told to stop.
         os._exit(EXIT_PREEMPTED)
@@ -117,7 +126,7 @@ def rank_main(run: PreparedRun, parent: int) -> None:
 
 def _run_rank(run: PreparedRun, ranks: Ranks) -> State:
     # A signal before the loop ends us at once: there is nothing to save yet.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     if run.config.parallel.compile:
         # torch keeps compiled code in a temporary folder otherwise, and the next start would compile again.
@@ -134,6 +143,8 @@ def _run_rank(run: PreparedRun, ranks: Ranks) -> State:
         _note_failure(run, ranks)
         leave_with_problems(error, ranks)
     except BaseException:
+        if sys.stdout.isatty():
+            print("\x1b[?25h", end="")  # the progress bar hides the cursor and will not be closed
         # Never wait in teardown: peers may hang in a collective that this rank will not join.
         print(f"rank {ranks.rank} of {ranks.world} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         _note_failure(run, ranks)
@@ -144,4 +155,4 @@ def _note_failure(run: PreparedRun, ranks: Ranks) -> None:
     """Say so in status.json, where a full disk still allows it."""
     if ranks.is_first:
         with suppress(OSError):
-            run.folder.write_status("failed", run.folder.read_status().get("step", 0))
+            run.folder.write_failed()

@@ -20,4 +20,5 @@ class DataConfig(Section):
     vocab_size: Annotated[int, Field(ge=257, le=1_000_000)] = 1024
     """Entries of the trained `bpe` tokenizer."""
     validation_fraction: OpenFraction = 0.1
+    """Of files at `path`; the built-in sources always hold out a tenth."""
     cache_dir: str = "~/.cache/disttrain"

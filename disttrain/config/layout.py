@@ -33,6 +33,12 @@ class ParallelDims:
             raise ValueError(f"parallel.dp_shard = {dims.dp_shard}: ddp does not shard; set it to 1 or use fsdp")
         if strategy in ("zero1", "zero2", "fsdp") and dims.dp_replicate > 1:
             raise ValueError(f"parallel.dp_replicate = {dims.dp_replicate}: {strategy} does not replicate; use hsdp")
+        if dims.batch != world and strategy == "hsdp":
+            sizes = ", ".join(str(size) for size in range(1, world + 1) if world % size == 0)
+            raise ValueError(
+                f"the mesh {dims} = {dims.batch} processes, but there are {world}: parallel.dp_shard must be one of "
+                f"{sizes}, and dp_replicate is what is left, or start {dims.batch} processes (--nproc {dims.batch})"
+            )
         if dims.batch != world:
             raise ValueError(
                 f"the mesh {dims} = {dims.batch} processes, but there are {world}: "

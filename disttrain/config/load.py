@@ -36,11 +36,18 @@ class LoadedConfig:
     """Dotted key to the place that set it; keys that are not here have their default."""
 
 
-def load_config(path: Path, overrides: list[str], nproc: int | None = None, world: int | None = None) -> LoadedConfig:
+def load_config(
+    path: Path,
+    overrides: list[str],
+    nproc: int | None = None,
+    world: int | None = None,
+    check_layout: bool = True,
+) -> LoadedConfig:
     """Read, merge and check a config file or run folder.
 
     `nproc` is the command line's number of processes, `world` that of a launcher which has started already; with
-    either (or `train.nproc`) the mesh and batch arithmetic is checked too. Raises UserError with all problems at once.
+    either (or `train.nproc`) the mesh and batch arithmetic is checked too, unless `check_layout` is false because
+    nothing will run on that layout. Raises UserError with all problems at once.
     """
     values = read_values(path, overrides)
     if nproc is not None:
@@ -57,7 +64,7 @@ def load_config(path: Path, overrides: list[str], nproc: int | None = None, worl
         problems = [_in_words(detail, values) for detail in error.errors()]
         broken = frozenset(str(detail["loc"][0]) for detail in error.errors() if detail["loc"])
         config = _without_sections(table, broken)
-    if config is not None:
+    if config is not None and check_layout:
         for problem in layout_problems(config, world or config.train.nproc, broken):
             place = _place_of_first_key(problem, ("", "parallel."), values)
             problems.append(f"{place}: {problem}" if place else problem)
@@ -128,6 +135,8 @@ def _in_words(detail: Any, values: Values) -> str:
         return f"{where}: a section, written as a [{key}] table (got {detail['input']!r})"
     message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     got = "" if isinstance(detail["input"], dict) else f" (got {detail['input']!r})"
+    if detail["type"] == "string_type":
+        got += "; put it in quotes"
     return f"{where}: {message}{got}"
 
 

@@ -30,9 +30,10 @@ class ParallelConfig(Section):
     reduce_dtype: Precision = "fp32"
     """What gradients travel in: fp32, or the same as param_dtype."""
     activation_checkpointing: Literal["none", "full", "every_n", "selective"] = "none"
-    """Recompute activations in the backward: of all blocks, of each `checkpoint_every`-th, or of all but the
-    expensive operations (matrix products and attention)."""
-    checkpoint_every: PositiveInt = 2
+    """Recompute activations in the backward: of all blocks, of each n-th, or of all but the expensive operations
+    (matrix products and attention)."""
+    activation_checkpointing_every: PositiveInt | None = None
+    """The n of every_n. Default: 2."""
     loss_chunk_tokens: NonNegativeInt = 0
     """Compute the loss in chunks of so many tokens, so that the whole logits never exist; 0: at once."""
     cpu_offload: bool = False
@@ -55,6 +56,12 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"reduce_dtype = {self.reduce_dtype} with param_dtype = {self.param_dtype}: gradients come in "
                 f"{self.param_dtype}; reduce in fp32 (exact sums) or {self.param_dtype} (half the bytes)"
+            )
+        if self.activation_checkpointing_every is not None and self.activation_checkpointing != "every_n":
+            raise ValueError('activation_checkpointing_every needs activation_checkpointing = "every_n"')
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "compile does not go with selective activation_checkpointing: use full, every_n or none, or no compile"
             )
         if self.cpu_offload and not self.shards:
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from disttrain.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from disttrain.config.base import NonNegativeInt, PositiveInt, Section
 
 
 class RunSection(Section):
@@ -29,7 +29,7 @@ class TrainConfig(Section):
     microbatch_size: PositiveInt = 4
     """Sequences that one process computes at once."""
     sequence_length: PositiveInt = 256
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     nproc: PositiveInt | None = None
     """Processes that `disttrain train` starts on this machine. Default: one per GPU, or one."""
 
@@ -63,5 +63,5 @@ class MonitorConfig(Section):
 
 
 class ResilienceConfig(Section):
-    collective_timeout_seconds: PositiveFloat = 600.0
+    collective_timeout_seconds: Annotated[float, Field(gt=0, le=7 * 86_400)] = 600.0
     """How long a process waits for its peers inside one collective before it gives up."""

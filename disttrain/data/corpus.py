@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from disttrain.data.cache import make_once
 from disttrain.data.synthetic import synthetic_text
@@ -165,19 +166,24 @@ def _text_corpus(name: str, version: str, named: list[tuple[str, Path]], validat
 
 
 def _line_ranges(path: Path, piece_bytes: int) -> list[tuple[int, int]]:
-    """Ranges that cover a file, each about `piece_bytes` long and ending with a line."""
+    """Ranges that cover a file, each about `piece_bytes` long and ending with a line, where lines are not too long."""
     size, start, ranges = path.stat().st_size, 0, []
     with path.open("rb") as file:
         while start < size:
-            end = min(start + piece_bytes, size)
-            file.seek(end - 1)
-            while end < size and (part := file.readline(piece_bytes)):
-                end = file.tell()
-                if part.endswith(b"\n"):
-                    break
+            end = _range_end(file, min(start + piece_bytes, size), size, -1 if path.suffix == ".jsonl" else piece_bytes)
             ranges.append((start, end))
             start = end
     return ranges
+
+
+def _range_end(file: BinaryIO, end: int, size: int, longest_rest: int) -> int:
+    """Where the line that byte `end` - 1 is in ends, or `end` if that is further off than `longest_rest` bytes."""
+    file.seek(end - 1)
+    if file.readline(longest_rest).endswith(b"\n") or file.tell() == size:
+        return file.tell()
+    # A file without lines (text8): the next byte that begins a character will do.
+    file.seek(end)
+    return end + next((i for i, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
 
 
 def _split(pieces: list[Piece], validation_fraction: float) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:

@@ -82,7 +82,8 @@ def check_token_ids(data: Data, vocab_size: int) -> None:
     """A look at the head of every token file: ids beyond the vocabulary would fail much later and unreadably."""
     if not isinstance(data.train, BinShards):
         return
-    largest = max(int(data.train.tokens(i)[:CHECKED_TOKENS].max(initial=0)) for i in range(len(data.train)))
+    files = [shards.tokens(i) for shards in (data.train, data.validation) for i in range(len(shards))]
+    largest = max(int(tokens[:CHECKED_TOKENS].max(initial=0)) for tokens in files)
     if largest >= vocab_size:
         raise UserError(
             f"{data.identity['source']}: holds token {largest}, but the vocabulary ends at {vocab_size} - 1 = "

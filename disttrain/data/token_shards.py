@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +19,8 @@ HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 HEADER_KINDS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
 """Magic -> (version, type of a token): GPT-2 tokens and Llama 3 tokens, as llm.c and modded-nanogpt write them."""
+
+_VALIDATION = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])")
 
 
 class ShardSet(Protocol):
@@ -94,11 +97,11 @@ class BinShards:
 def bin_shard_sets(path: Path, validation_fraction: float) -> tuple[BinShards, BinShards]:
     """(training, validation) of the .bin files at `path`, a file or a folder.
 
-    Files with "val" in their name are the validation set; without any, it is the last
-    `validation_fraction` of the tokens of the last file. Raises `UserError`, see `open_bin`.
+    Files with the word val in their name (val.bin, fineweb_val_000000.bin) are the validation set; without any, it is
+    the last `validation_fraction` of the tokens of the last file. Raises `UserError`, see `open_bin`.
     """
     named = find_files(path, (".bin",))
-    held_out = [file for _, file in named if "val" in file.name] if len(named) > 1 else []
+    held_out = [file for _, file in named if _VALIDATION.search(file.name)] if len(named) > 1 else []
     train = [_whole(file) for _, file in named if file not in held_out]
     if not train:
         raise UserError(

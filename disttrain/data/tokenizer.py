@@ -101,7 +101,9 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One uint32 array of ids for each text."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        # A command line may carry bytes that are no text; the tokenizer takes nothing but text.
+        plain = [text.encode("utf-8", "replace").decode() for text in texts]
+        encodings = self._backend.encode_batch_fast(plain, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:

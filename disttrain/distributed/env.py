@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from disttrain.errors import UserError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -24,18 +26,29 @@ class Ranks:
         return self.rank == 0
 
 
-def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """What torchrun (or a launcher that sets the same variables) says; a process of its own without one."""
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
-        return Ranks()
-    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    return Ranks(
-        rank=rank,
-        world=world,
-        local_rank=int(environment.get("LOCAL_RANK", rank)),
-        local_world=int(environment.get("LOCAL_WORLD_SIZE", world)),
-        elastic="TORCHELASTIC_RUN_ID" in environment,
-    )
+def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
+    """What torchrun (or a launcher that sets the same variables) says; None where no launcher started us.
+
+    Raises UserError when only some of the variables are there or one is no number.
+    """
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        return None
+    if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environment]:
+        raise UserError(
+            f"the environment has some of a launcher's variables, but not {', '.join(missing)}: start with torchrun, "
+            "or unset RANK and WORLD_SIZE"
+        )
+    try:
+        rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        return Ranks(
+            rank=rank,
+            world=world,
+            local_rank=int(environment.get("LOCAL_RANK", rank)),
+            local_world=int(environment.get("LOCAL_WORLD_SIZE", world)),
+            elastic="TORCHELASTIC_RUN_ID" in environment,
+        )
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be whole numbers: {error}") from error
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> str | None:

@@ -54,7 +54,7 @@ class NativeEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_scale.update(overflow)
-        return UpdateResult(grad_norm, overflow)
+        return UpdateResult(grad_norm, overflow, self.loss_scale.scale)
 
     def state(self) -> dict[str, Tensor]:
         parameters_will_change(self.model)

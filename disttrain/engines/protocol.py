@@ -16,6 +16,8 @@ class UpdateResult:
     """Of all gradients together, before clipping, without the loss scale."""
     skipped: Tensor
     """1 when the update was left out because a gradient was not finite under fp16, else 0."""
+    loss_scale: Tensor
+    """What the next step's loss is multiplied by before the backward; 1 without fp16."""
 
 
 class Engine(Protocol):

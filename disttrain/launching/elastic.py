@@ -18,11 +18,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from disttrain.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
-from disttrain.resilience import StopRequest
+from disttrain.resilience import STOP_SIGNALS, StopRequest
 
 STOP_SECONDS = 300
 """How long ranks that were asked to stop may take for their checkpoint before they are killed."""
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def launch_ranks(
@@ -48,7 +47,7 @@ def launch_ranks(
         start_method="fork" if device_type == "cpu" else "spawn",
         shutdown_timeout=STOP_SECONDS,
         # The stop signals are ours: the agent's own handlers would let a second signal break off the stop.
-        signals_to_handle="SIGHUP,SIGQUIT",
+        signals_to_handle="SIGQUIT",
     )
     try:
         with _first_signal_raises(earlier):
@@ -70,11 +69,11 @@ def _first_signal_raises(earlier: StopRequest) -> Iterator[None]:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         # Not SIG_IGN: Python complains on stderr of a signal that came while its handler was taken away.
-        for ignored in _STOP_SIGNALS:
+        for ignored in STOP_SIGNALS:
             signal.signal(ignored, lambda number, frame: None)
         raise SignalException(f"got signal {number}", signal.Signals(number))
 
-    before = {number: signal.signal(number, on_signal) for number in _STOP_SIGNALS}
+    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
         if earlier.wanted:
             raise SignalException("got a signal before the ranks were started", signal.SIGTERM)

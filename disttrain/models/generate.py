@@ -16,7 +16,8 @@ def sampling_probabilities(logits: Tensor, temperature: float, top_k: int | None
     logits = logits.double()
     if temperature == 0:
         return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
-    probabilities = torch.softmax(logits / temperature, dim=0)
+    # The largest becomes zero first: a tiny temperature then gives minus infinities, never a NaN.
+    probabilities = torch.softmax((logits - logits.max()) / temperature, dim=0)
     ordered, order = probabilities.sort(descending=True, stable=True)
     keep = torch.ones_like(ordered, dtype=torch.bool)
     if top_k is not None:

@@ -37,7 +37,8 @@ def scale_gradients(parameters: Iterable[nn.Parameter], scale: Tensor) -> None:
     """Multiply all gradients by a scalar tensor, without asking the device for its value."""
     gradients = [_local(p.grad) for p in parameters if p.grad is not None]
     if gradients:
-        torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+        # Offloaded gradients lie on the host, the scale with the model.
+        torch._foreach_mul_(gradients, scale.to(gradients[0]))
 
 
 def _local(gradient: Tensor) -> Tensor:

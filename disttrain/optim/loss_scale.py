@@ -10,6 +10,9 @@ MINIMUM_SCALE = 1.0
 GROWTH_STEPS = 2000
 """Good steps in a row after which the scale doubles; a step that overflowed halves it (arXiv 1710.03740)."""
 
+UNUSED = -1.0
+"""Stands for the good steps of a run without loss scaling, whose scale is not worth keeping."""
+
 
 def loss_scale_update(scale: Tensor, good_steps: Tensor, overflow: Tensor) -> tuple[Tensor, Tensor]:
     """The next (scale, good_steps): scalars, fp32; `overflow` is 1 for a step with a gradient that is not finite."""
@@ -29,8 +32,9 @@ class LossScale:
 
     def __init__(self, enabled: bool, device: torch.device) -> None:
         self.enabled = enabled
-        self.scale = torch.tensor(INITIAL_SCALE if enabled else 1.0, device=device)
+        self.scale = torch.ones((), device=device)
         self.good_steps = torch.zeros((), device=device)
+        self._reset()
 
     def overflow(self, grad_norm: Tensor) -> Tensor:
         """1.0 where this step must be skipped."""
@@ -48,7 +52,9 @@ class LossScale:
 
     def loaded(self) -> None:
         """Call after a load: a checkpoint of a run without loss scaling carries no scale worth keeping."""
-        if not self.enabled:
-            self.scale.fill_(1.0)
-        elif float(self.scale) == 1.0 and float(self.good_steps) == 0.0:
-            self.scale.fill_(INITIAL_SCALE)
+        if not self.enabled or float(self.good_steps) == UNUSED:
+            self._reset()
+
+    def _reset(self) -> None:
+        self.scale.fill_(INITIAL_SCALE if self.enabled else 1.0)
+        self.good_steps.fill_(0.0 if self.enabled else UNUSED)

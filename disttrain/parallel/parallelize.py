@@ -29,7 +29,7 @@ def parallelize(
     where the strategy spares it that.
     """
     blocks = list(plan.units(model))
-    apply_activation_checkpointing(blocks, config.activation_checkpointing, config.checkpoint_every)
+    apply_activation_checkpointing(blocks, config.activation_checkpointing, config.activation_checkpointing_every or 2)
     if config.compile:
         apply_compile(blocks)
     if config.shards:

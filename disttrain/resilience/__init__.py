@@ -1,5 +1,5 @@
 """Requests to stop."""
 
-from disttrain.resilience.signals import StopRequest
+from disttrain.resilience.signals import STOP_SIGNALS, StopRequest
 
-__all__ = ["StopRequest"]
+__all__ = ["STOP_SIGNALS", "StopRequest"]

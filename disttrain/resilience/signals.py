@@ -1,11 +1,11 @@
-"""SIGTERM and SIGINT become a wish that the next step answers."""
+"""SIGTERM, SIGINT and SIGHUP (a closed terminal) become a wish that the next step answers."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -18,7 +18,7 @@ class StopRequest:
         self.wanted = False
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self._before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         return self
 
     def __exit__(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -137,13 +138,13 @@ def measure_parity(
         device=device,
         dtype=torch.float64,
     )
-    start = {name: _whole(parameter) for name, parameter in gpt.named_parameters()}
+    start = gather_whole(dict(gpt.named_parameters()))
     optimizer = build_optimizer(gpt, OPTIM, GPT_PLAN)
     engine = RecordingEngine(gpt, model, optimizer, clip_norm=OPTIM.clip_norm, parallel=parallel, device=device)
     spoilt = mutate(engine)
     for step in range(STEPS):
         train_step(spoilt, _rank_batches(step, rank, world, case.accumulation), lr_factor=1.0, device=device)
-    end = {name: _whole(parameter) for name, parameter in gpt.named_parameters()}
+    end = gather_whole(dict(gpt.named_parameters()))
     if rank != 0:
         return 0.0, 0.0
 
@@ -168,7 +169,7 @@ class RecordingEngine(NativeEngine):
 
     def finish_step(self, lr_factor: float) -> UpdateResult:
         grads = {name: p.grad for name, p in self.module.named_parameters()}
-        self.gradients.append({name: _whole(grad) for name, grad in grads.items() if grad is not None})
+        self.gradients.append(gather_whole({name: grad for name, grad in grads.items() if grad is not None}))
         update = super().finish_step(lr_factor)
         self.grad_norms.append(update.grad_norm.item())
         return update
@@ -195,5 +196,22 @@ def _rank_batches(step: int, rank: int, world: int, accumulation: int) -> list[t
     return list(zip(tokens, labels, strict=True))
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+def gather_whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole of every tensor, on the CPU of every rank, in one exchange; sharded ones are cut along dim 0."""
+    local = {n: (t.to_local() if isinstance(t, DTensor) else t).detach().cpu().clone() for n, t in tensors.items()}
+    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        return local
+    held: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(held, local)
+    return {
+        name: torch.cat([held[rank][name] for rank in _shard_ranks(tensor)])
+        if isinstance(tensor, DTensor)
+        else local[name]
+        for name, tensor in tensors.items()
+    }
+
+
+def _shard_ranks(tensor: DTensor) -> list[int]:
+    """The ranks that hold one copy between them, in the order of their rows; replicas hold the same again."""
+    mesh = tensor.device_mesh
+    return mesh.mesh.reshape(-1, mesh.size(mesh.ndim - 1))[0].tolist()

@@ -14,7 +14,7 @@ from disttrain.data.loader import BatchLoader, SampleOrder
 from disttrain.data.source import Data
 from disttrain.distributed.env import Ranks
 from disttrain.distributed.mesh import build_mesh
-from disttrain.engines import NativeEngine
+from disttrain.engines import Engine, NativeEngine
 from disttrain.models import GPT, GPT_PLAN, init_parameters
 from disttrain.optim import build_optimizer
 from disttrain.parallel import parallelize
@@ -26,7 +26,7 @@ class Training:
 
     gpt: GPT
     model: nn.Module
-    engine: NativeEngine
+    engine: Engine
     order: SampleOrder
     loader: BatchLoader
     batch_samples: int
@@ -46,7 +46,13 @@ def build_training(config: RunConfig, data: Data, ranks: Ranks, device: torch.de
     )
     optimizer = build_optimizer(gpt, config.optim, GPT_PLAN)
     engine = NativeEngine(
-        gpt, model, optimizer, clip_norm=config.optim.clip_norm, parallel=config.parallel, device=device
+        gpt,
+        model,
+        optimizer,
+        clip_norm=config.optim.clip_norm,
+        parallel=config.parallel,
+        # The scale lies where the gradients are.
+        device=torch.device("cpu") if config.parallel.cpu_offload else device,
     )
     order = SampleOrder(data.train, config.train.sequence_length, config.train.seed)
     loader = BatchLoader(order, plan.samples, plan.microbatch, ranks.rank, ranks.world)

@@ -15,6 +15,8 @@ from disttrain.data.tokenizer import Tokenizer
 from disttrain.models import generate_tokens
 from disttrain.train.bigram import bigram_loss
 
+BIGRAM_TOKENS = 8_000_000
+
 
 def sample_text(model: nn.Module, tokenizer: Tokenizer | None, config: RunConfig, device: torch.device) -> str | None:
     """Prompt and continuation, the same on every rank; None where nothing can be decoded or nothing was asked for."""
@@ -35,6 +37,8 @@ def sample_text(model: nn.Module, tokenizer: Tokenizer | None, config: RunConfig
 def bigram_line(config: RunConfig, data: Data, order: SampleOrder, samples: int) -> str:
     """What an add-k bigram model of the run's own training tokens reaches on the run's own validation windows."""
     length, vocab_size = config.train.sequence_length, config.model.vocab_size or 0
+    # Every pair costs eight bytes here: enough to judge by, and no more.
+    samples = min(samples, BIGRAM_TOKENS // length)
     training = (order.window(position) for position in range(samples))
     batches = validation_batches(data.validation, length, config.monitor.evaluate_tokens, rank=0, world=1, rows=1)
     validation = [np.append(batch.tokens[0], batch.labels[0, -1]) for batch in batches]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from disttrain.checkpoint.manifest import committed_steps
 from disttrain.config import RunConfig
 from disttrain.errors import UserError
 
@@ -44,10 +45,16 @@ class RunFolder:
             status = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             return {}
-        return status if isinstance(status, dict) else {}
+        known = isinstance(status, dict) and isinstance(status.get("step"), int)
+        return status if known else {}
 
     def write_status(self, state: State, step: int) -> None:
         self._write_json("status.json", {"state": state, "step": step})
+
+    def write_failed(self) -> None:
+        """Failed, at the step that a restart would begin with."""
+        steps = committed_steps(self.checkpoints)
+        self.write_status("failed", int(steps[0].name.removeprefix("step-")) if steps else 0)
 
     def write_config(self, config: RunConfig) -> None:
         self._write_json("config.json", config.model_dump(mode="json"))

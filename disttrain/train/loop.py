@@ -67,12 +67,13 @@ class TrainingLoop:
         while self.position.step < total:
             stopping = self._step(stop.wanted)
             step = self.position.step
+            # Before the checkpoint: a run that is cut short in the evaluation does it again when it resumes.
+            if step % config.monitor.evaluate_every == 0 or step == total:
+                self._evaluate()
             if step % config.checkpoint.every == 0 or step == total or stopping:
                 self._save()
             if stopping and step < total:
                 return "preempted"
-            if step % config.monitor.evaluate_every == 0 or step == total:
-                self._evaluate()
         self._finish()
         return "completed"
 
@@ -131,7 +132,7 @@ class TrainingLoop:
             "seconds_left": step_seconds * (self.config.train.total_steps - self.position.step),
         }
         if self.config.parallel.param_dtype == "fp16":
-            record["loss_scale"] = self.parts.engine.loss_scale.scale.item()
+            record["loss_scale"] = result.update.loss_scale.item()
             record["skipped_steps"] = reduced["skipped_steps"] / self.ranks.world
         self.output.log(record)
         self.logged_step, self.logged_at = self.position.step, now

@@ -17,8 +17,10 @@ from disttrain.data.source import Data, check_length, check_token_ids, open_data
 from disttrain.errors import UserError
 from disttrain.train.folder import RunFolder
 
-_FIXED = ("model.", "train.sequence_length", "train.seed")
-"""What a checkpoint's weights and data position depend on: another value is another run."""
+_FIXED = ("model.", "train.sequence_length", "train.global_batch_tokens", "train.seed")
+"""What a checkpoint's weights, data position and schedule depend on: another value is another run."""
+_IDENTITY = ("fingerprint", "tokenizer_sha256")
+"""What makes data the same; names and versions are only told."""
 _SILENT = ("run.", "monitor.", "data.")
 
 
@@ -56,7 +58,7 @@ def prepare_run(config: RunConfig) -> PreparedRun:
     check_token_ids(data, vocab_size)
     config = config.with_vocab_size(vocab_size)
     folder = RunFolder(config.run_dir)
-    notes = (*data.notes, *_compare_with_checkpoint(config, data, folder))
+    notes = (*data.notes, *_schedule_notes(config), *_compare_with_checkpoint(config, data, folder))
     return PreparedRun(config, data, folder, _run_id(config, data), notes)
 
 
@@ -64,13 +66,24 @@ def open_config_data(config: RunConfig) -> Data:
     section = config.data
     return open_data(
         source=section.source,
-        path=section.path,
-        tokenizer=section.tokenizer,
+        path=section.path and str(Path(section.path).expanduser()),
+        tokenizer=str(Path(section.tokenizer).expanduser()),
         vocab_size=section.vocab_size,
         validation_fraction=section.validation_fraction,
         cache_directory=Path(section.cache_dir).expanduser(),
         seed=config.train.seed,
     )
+
+
+def _schedule_notes(config: RunConfig) -> list[str]:
+    total, schedule = config.train.total_steps, config.schedule
+    horizon = schedule.horizon_steps or total
+    if schedule.warmup_steps < min(total, horizon):
+        return []
+    return [
+        f"schedule.warmup_steps = {schedule.warmup_steps} reaches to the end of the run ({total} steps) or of the "
+        f"schedule ({horizon}): the learning rate only rises"
+    ]
 
 
 def _vocabulary(config: RunConfig, data: Data) -> int:
@@ -109,7 +122,7 @@ def _compare_with_checkpoint(config: RunConfig, data: Data, folder: RunFolder) -
     changed = [key for key in now if key in before and _plain(now[key]) != before[key]]
     lines = {key: f"{key} was {before[key]!r}, is {_plain(now[key])!r}" for key in changed}
     refused = [line for key, line in lines.items() if key.startswith(_FIXED)]
-    identity = {key: (manifest.data.get(key), value) for key, value in data.identity.items()}
+    identity = {key: (manifest.data.get(key), data.identity[key]) for key in _IDENTITY}
     refused += [f"data: {key} was {was!r}, is {value!r}" for key, (was, value) in identity.items() if was != value]
     if refused:
         remedy = f"{folder.path} holds step {manifest.step} of another run: undo the change or set another run.name"
@@ -128,7 +141,7 @@ def _newest_readable(steps: list[Path]) -> Manifest | None:
 def _run_id(config: RunConfig, data: Data) -> str:
     """The same after every restart: made of what a resumed run may not change."""
     fixed = {key: _plain(value) for key, value in flat_items(config).items() if key.startswith(_FIXED)}
-    content = json.dumps([fixed, data.identity], sort_keys=True)
+    content = json.dumps([fixed, [data.identity[key] for key in _IDENTITY]], sort_keys=True)
     return f"{config.run.name}-{hashlib.blake2b(content.encode(), digest_size=4).hexdigest()}"
 
 

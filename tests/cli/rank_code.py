@@ -2,13 +2,17 @@
 
 import os
 from pathlib import Path
+from typing import NoReturn
 
 from disttrain.cli.app import main
 
-code: object = 0
-try:
-    main()
-except SystemExit as error:
-    code = error.code
-(Path(os.environ["CODES"]) / os.environ["RANK"]).write_text(str(code))
-raise SystemExit(code)
+leave = os._exit
+
+
+def leave_and_tell(code: int) -> NoReturn:
+    (Path(os.environ["CODES"]) / os.environ["RANK"]).write_text(str(code))
+    leave(code)
+
+
+os._exit = leave_and_tell
+main()

@@ -136,6 +136,7 @@ def test_a_second_process_on_the_same_folder(config: Path, no_torch: dict[str, s
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_of_a_launcher(rank: int, config: Path, no_torch: dict[str, str], tmp_path: Path) -> None:
     variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     command = (sys.executable, "-m", "disttrain", "train", config, f"run.dir={tmp_path / 'run'}")
     ended: Ended = run(*command, env=no_torch | variables)
     [line] = refused(ended)

@@ -72,6 +72,7 @@ def test_a_second_call_does_nothing(config: Path, finished_folder: Path, no_torc
         assert (ended.code, ended.err) == (0, "")
         assert ended.out == f"{finished_folder}: complete at step 40; nothing to do\n"
     ranked = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    ranked |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     assert disttrain("train", finished_folder, env=no_torch | ranked) == Ended(0, "", "")
     assert {path: path.stat().st_mtime_ns for path in finished_folder.rglob("*") if path.name != ".lock"} == before
 

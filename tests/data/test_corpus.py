@@ -25,12 +25,6 @@ def test_pieces_cover_the_file_and_end_with_a_line(text_file: Path) -> None:
     assert all(piece.end - piece.start < 2 * 4096 for piece in corpus.train)
 
 
-def test_one_endless_line_is_one_piece(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("word " * 5000)
-    corpus = file_corpus(tmp_path, 0.1)
-    assert (len(corpus.train), len(corpus.validation)) == (1, 0)
-
-
 def test_neither_side_is_empty_with_two_pieces(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("some text\n")

@@ -91,8 +91,8 @@ def test_bin_files_need_no_tokenizer_but_take_one(tmp_path: Path) -> None:
 def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "a.bin")
     data = opened(tmp_path, tmp_path / "a.bin")
-    check_token_ids(data, 900)
-    with pytest.raises(UserError, match=r"holds token 899, but .* 512 - 1 = 511; set model.vocab_size to 900"):
+    check_token_ids(data, 1000)
+    with pytest.raises(UserError, match=r"holds token 999, but .* 512 - 1 = 511; set model.vocab_size to 1000"):
         check_token_ids(data, 512)
 
 

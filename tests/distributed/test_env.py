@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.distributed.env import Ranks, read_ranks, usable_cores, visible_gpus
+from disttrain.errors import UserError
 
 
 def test_torchrun_says_who_we_are() -> None:
@@ -13,21 +14,35 @@ def test_torchrun_says_who_we_are() -> None:
         "WORLD_SIZE": "8",
         "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
         "TORCHELASTIC_RUN_ID": "none",
     }
     assert read_ranks(variables) == Ranks(rank=5, world=8, local_rank=1, local_world=4, elastic=True)
-    assert not read_ranks(variables).is_first
 
 
 def test_another_launcher_may_say_less() -> None:
-    ranks = read_ranks({"RANK": "1", "WORLD_SIZE": "2"})
+    ranks = read_ranks({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"})
     assert ranks == Ranks(rank=1, world=2, local_rank=1, local_world=2, elastic=False)
 
 
-@pytest.mark.parametrize("variables", [{}, {"RANK": "3"}, {"WORLD_SIZE": "3"}, {"LOCAL_RANK": "1"}])
+@pytest.mark.parametrize("variables", [{}, {"LOCAL_RANK": "1"}])
 def test_nobody_started_us(variables: dict[str, str]) -> None:
-    assert read_ranks(variables) == Ranks(0, 1, 0, 1, False)
-    assert read_ranks(variables).is_first
+    assert read_ranks(variables) is None
+    assert Ranks().is_first
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "3"}, "not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "not MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "whole numbers"),
+    ],
+)
+def test_half_a_launcher_is_refused(variables: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_ranks(variables)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ cache_dir = "{folder}/cache"
 steps = 10
 global_batch_tokens = 64
 sequence_length = 16
+[schedule]
+warmup_steps = 2
 [run]
 dir = "{folder}/run"
 """
@@ -86,6 +88,12 @@ def test_a_new_run_has_no_notes(prepare: Prepare) -> None:
     assert prepare("run.resume=never").notes == ()
     [line] = problems(prepare, "run.resume=must")
     assert line.startswith('run.resume = "must", but ')
+
+
+def test_a_warmup_that_never_ends_is_noted(prepare: Prepare) -> None:
+    (note,) = prepare("schedule.warmup_steps=10").notes
+    assert "warmup_steps = 10" in note
+    assert "only rises" in note
 
 
 def test_the_same_run_again(prepare: Prepare) -> None:
