@@ -46,6 +46,16 @@ def commands(gpus: int, scratch: str) -> dict[str, list[str]]:
     return {
         "tests": [sys.executable, "-m", "pytest", "-q", "-m", "gpu"],
         "parity on nccl": [*disttrain, "verify", "--device", "cuda", "--nproc", str(min(gpus, 4))],
+        "training in bf16, compiled": [
+            *disttrain,
+            "train",
+            "configs/quickstart.toml",
+            "device=cuda",
+            *run,
+            f"run.dir={scratch}/bf16",
+            "parallel.param_dtype=bf16",
+            "parallel.compile=true",
+        ],
         "training": [*disttrain, "train", "configs/quickstart.toml", "device=cuda", *run],
     }
 

@@ -27,7 +27,7 @@ def generate_command(
 ) -> None:
     """Continue one prompt or several."""
     tokenizer_file = run / "tokenizer.json"
-    if run.is_dir() and not tokenizer_file.is_file():
+    if (run / "config.json").is_file() and not tokenizer_file.is_file():
         raise UserError(f"{run}: no tokenizer.json, so the tokens have no text (token files without data.tokenizer)")
     saved = open_run(run, device)
 

@@ -56,7 +56,9 @@ def load_config(
     if path.is_dir():
         values.set("run.dir", str(path), "the run folder")
     if isinstance(run := table.get("run", {}), dict) and "name" not in run:
-        values.set("run.name", path.stem or path.resolve().name, "the config file's name")
+        values.set(
+            "run.name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") or "run", "the config file's name"
+        )
     config: RunConfig | None
     try:
         config, problems, broken = RunConfig.model_validate(table), [], frozenset[str]()

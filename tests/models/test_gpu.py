@@ -1,12 +1,14 @@
 """One training step on a GPU is the step of the CPU."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from disttrain.config import ModelConfig, OptimConfig, ParallelDims
-from disttrain.config.parallel import ParallelConfig, Strategy
+from disttrain.config.parallel import ParallelConfig
 from disttrain.distributed.env import Ranks
 from disttrain.distributed.mesh import build_mesh
 from disttrain.distributed.process_group import distributed
@@ -38,11 +40,23 @@ def one_step(device: torch.device, parallel: ParallelConfig) -> tuple[float, flo
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "fsdp"])
-def test_a_step_on_cuda_is_the_step_on_the_cpu(strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strategy": "ddp"},
+        {"strategy": "zero1"},
+        {"strategy": "zero2"},
+        {"strategy": "fsdp"},
+        {"strategy": "fsdp", "cpu_offload": True},
+        {"strategy": "fsdp", "activation_checkpointing": "selective", "loss_chunk_tokens": 40},
+        {"strategy": "fsdp", "compile": True},
+    ],
+    ids=str,
+)
+def test_a_step_on_cuda_is_the_step_on_the_cpu(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    loss, norm, weights = one_step(torch.device("cuda", 0), ParallelConfig(strategy=strategy))
-    cpu_loss, cpu_norm, cpu_weights = one_step(torch.device("cpu"), ParallelConfig(strategy=strategy))
+    loss, norm, weights = one_step(torch.device("cuda", 0), ParallelConfig(**settings))
+    cpu_loss, cpu_norm, cpu_weights = one_step(torch.device("cpu"), ParallelConfig(strategy=settings["strategy"]))
     assert loss == pytest.approx(cpu_loss, rel=1e-4)
     assert norm == pytest.approx(cpu_norm, rel=1e-4)
     for name, expected in cpu_weights.items():
