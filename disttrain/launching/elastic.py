@@ -10,6 +10,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from types import FrameType
 from typing import Any
 
@@ -45,9 +46,7 @@ def launch_ranks(
         max_restarts=0,
         # Forked ranks start with torch imported; CUDA does not survive a fork.
         start_method="fork" if device_type == "cpu" else "spawn",
-        shutdown_timeout=STOP_SECONDS,
-        # The stop signals are ours: the agent's own handlers would let a second signal break off the stop.
-        signals_to_handle="SIGQUIT",
+        **_agent_options(),
     )
     try:
         with _first_signal_raises(earlier):
@@ -61,6 +60,17 @@ def launch_ranks(
         for rank in multiprocessing.active_children():
             rank.kill()
     return EXIT_DONE
+
+
+def _agent_options() -> dict[str, Any]:
+    """What this torch's agent lets be said about stopping; older ones wait 30 s and have their own way with signals."""
+    options = {
+        "shutdown_timeout": STOP_SECONDS,
+        # The stop signals are ours: the agent's own handlers would let a second signal break off the stop.
+        "signals_to_handle": "SIGQUIT",
+    }
+    known = {field.name for field in fields(LaunchConfig)}
+    return {name: value for name, value in options.items() if name in known}
 
 
 @contextmanager
