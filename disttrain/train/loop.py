@@ -52,7 +52,7 @@ class TrainingLoop:
     """The parts of a run on one rank, and the position that they have reached."""
 
     def __init__(self, run: PreparedRun, ranks: Ranks, device: torch.device) -> None:
-        self.run_id, self.config, self.data, self.ranks, self.device = run.run_id, run.config, run.data, ranks, device
+        self.config, self.data, self.ranks, self.device = run.config, run.data, ranks, device
         self.parts = build_training(run.config, run.data, ranks, device)
         self.checkpoints = CheckpointManager(run.folder.checkpoints, run.config.checkpoint.keep_last, run.run_id)
         self.metrics = MetricBuffer({"loss_sum": "sum", "data_seconds": "max", "skipped_steps": "sum"}, device)
