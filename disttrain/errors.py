@@ -14,9 +14,17 @@ EXIT_PREEMPTED = 75
 class UserError(Exception):
     """Bad input: each problem is one line with the place, what is wrong, the arithmetic and the remedy.
 
-    The commands print the problems without a traceback and leave with `EXIT_BAD_INPUT`.
+    The commands print the problems without a traceback and leave with `exit_code`.
     """
+
+    exit_code = EXIT_BAD_INPUT
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+class StorageError(UserError):
+    """A disk that refuses: nothing is wrong with the input, and trying again later may help."""
+
+    exit_code = EXIT_FAILED

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from disttrain.checkpoint.local import LocalStorage
 from disttrain.checkpoint.manager import CheckpointManager
 from disttrain.config import load_config
 from disttrain.data.loader import validation_batches
@@ -51,7 +52,7 @@ def main() -> None:
             if ranks.is_first:
                 print(f"step {step} loss {loss_sum / result.valid_tokens!r}", flush=True)
 
-        CheckpointManager(run.folder.checkpoints, config.checkpoint.keep_last, run.run_id).save(
+        CheckpointManager(LocalStorage(run.folder.checkpoints), config.checkpoint.keep_last, run.run_id).save(
             parts.engine.state(),
             step=train.total_steps,
             samples=train.total_steps * parts.batch_samples,

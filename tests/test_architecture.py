@@ -31,6 +31,9 @@ TORCH_FREE = (
     "disttrain.data.source",
     "disttrain.train.preflight",
     "disttrain.checkpoint.manifest",
+    "disttrain.checkpoint.verification",
+    "disttrain.checkpoint.placement",
+    "disttrain.checkpoint.untrusted",
     "disttrain.distributed.env",
     "disttrain.cli.app",
 )

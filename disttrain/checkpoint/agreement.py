@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from disttrain.errors import UserError
+from disttrain.errors import StorageError, UserError
 
 T = TypeVar("T")
 
@@ -44,8 +44,8 @@ def raise_together(problems: Sequence[str]) -> None:
 def on_rank_zero(function: Callable[[], T]) -> T:
     """Run `function` on rank 0 and return its JSON value everywhere; what it raises is raised everywhere.
 
-    UserError stays UserError, OSError becomes one; any other exception keeps its type on rank 0 and is a
-    RuntimeError elsewhere.
+    UserError and StorageError stay what they are; any other exception keeps its type on rank 0 and is a RuntimeError
+    elsewhere.
     """
     outcome: dict[str, Any] = {}
     failure: Exception | None = None
@@ -53,18 +53,14 @@ def on_rank_zero(function: Callable[[], T]) -> T:
         try:
             outcome["value"] = function()
         except UserError as error:
-            outcome["problems"] = error.problems
-        except OSError as error:
-            outcome["problems"] = [
-                f"{error.filename or 'checkpoint'}: {error.strerror or error}; check space and permissions"
-            ]
+            outcome["problems"], outcome["storage"] = error.problems, isinstance(error, StorageError)
         except Exception as error:
             outcome["failure"], failure = f"rank 0: {type(error).__name__}: {error}", error
     outcome = all_gather_json(outcome)[0]
     if failure is not None:
         raise failure
     if "problems" in outcome:
-        raise UserError(outcome["problems"])
+        raise (StorageError if outcome["storage"] else UserError)(outcome["problems"])
     if "failure" in outcome:
         raise RuntimeError(outcome["failure"])
     return outcome["value"]

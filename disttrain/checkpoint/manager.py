@@ -1,4 +1,4 @@
-"""Saving, choosing and loading checkpoints: the one place that commits, deletes and decides.
+"""Saving: copy, write beside the training, commit, delete. One save at a time.
 
 All functions are collective over the default process group; one process needs no group.
 """
@@ -6,213 +6,241 @@ All functions are collective over the default process group; one process needs n
 from __future__ import annotations
 
 import platform
-import secrets
-import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch import Tensor
 
 from disttrain import __version__
-from disttrain.checkpoint.agreement import on_rank_zero, raise_together, rank_and_world
-from disttrain.checkpoint.manifest import (
-    Manifest,
-    committed_steps,
-    fsync_directory,
-    read_manifest,
-    step_directory,
-    verify_file,
-    write_manifest,
-)
-from disttrain.checkpoint.state import differences, model_state
-from disttrain.checkpoint.storage import SafetensorsReader, SafetensorsWriter, dcp_errors
-from disttrain.errors import UserError
+from disttrain.checkpoint.agreement import all_gather_json, on_rank_zero, rank_and_world
+from disttrain.checkpoint.manifest import FileEntry, Manifest
+from disttrain.checkpoint.reading import CheckpointInfo, CheckpointReader
+from disttrain.checkpoint.retention import Retention
+from disttrain.checkpoint.staging import Staged, Staging
+from disttrain.checkpoint.storage import Storage, step_name
+from disttrain.errors import StorageError, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class CheckpointInfo:
-    """A checkpoint whose every byte was verified, and why newer ones were passed over (one line each)."""
+class Saved:
+    """How a save ended: committed at `place`, or not, and then `problems` says why and nothing older was touched."""
 
-    directory: Path
-    manifest: Manifest
-    rejected: tuple[str, ...]
+    step: int
+    place: str
+    bytes: int
+    stall_seconds: float
+    """For how long the slowest rank could do nothing else."""
+    write_seconds: float
+    """What the slowest rank's writing took."""
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What went wrong besides, such as an old checkpoint that cannot be deleted."""
 
 
-class CheckpointManager:
-    """The checkpoints of one run, in `directory` (the run folder's `checkpoints/`), seen by every rank.
+@dataclass
+class _Save:
+    """The save under way, on this rank: its thread's `work` is first the file, then, on rank 0, the commit."""
 
-    `keep_last` is at least 1; `run_id` must stay the same when the run resumes. One process group at a time.
+    name: str
+    attempt: str
+    about: dict[str, Any]
+    tensors: dict[str, Any]
+    work: Future[Any]
+    stall_seconds: float
+    write_seconds: float = 0.0
+    bytes: int = 0
+    committing: bool = False
+
+
+class CheckpointManager(CheckpointReader):
+    """The checkpoints of one run in `storage`, seen by every rank. One process group at a time.
+
+    `keep_last` is at least 1; `run_id` must stay the same when the run resumes. With `asynchronous`, `start` returns as
+    soon as the state is copied to host memory, which then holds one more copy of this rank's part.
     """
 
-    def __init__(self, directory: Path, keep_last: int, run_id: str) -> None:
-        if keep_last < 1:
-            raise UserError(f"checkpoint.keep_last: {keep_last} would delete every checkpoint; use 1 or more")
-        self.directory = directory
-        self.keep_last = keep_last
+    def __init__(
+        self,
+        storage: Storage,
+        keep_last: int,
+        run_id: str,
+        *,
+        keep_every: int | None = None,
+        asynchronous: bool = False,
+    ) -> None:
+        super().__init__(storage)
         self.run_id = run_id
+        self.retention = Retention(storage, keep_last, keep_every)
+        self._asynchronous = asynchronous
+        self._staging = Staging(copy=asynchronous)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._save: _Save | None = None
 
-    def save(
+    @property
+    def pending(self) -> bool:
+        """A save is under way; the same on every rank."""
+        return self._save is not None
+
+    @property
+    def busy(self) -> bool:
+        """This rank's thread still works on it: `advance` would wait."""
+        return self._save is not None and not self._save.work.done()
+
+    def latest(self) -> CheckpointInfo | None:
+        found = super().latest()
+        self.retention.protected = found.name if found else None
+        return found
+
+    def save(self, state: Mapping[str, Tensor], **about: Any) -> str:
+        """`start` and `finish` in one; returns where the checkpoint lies. StorageError when it was not committed."""
+        self.start(state, **about)
+        saved = self.finish()
+        if saved is not None and saved.problems:
+            raise StorageError(saved.problems)
+        return self.storage.place(step_name(about["step"]))
+
+    def start(
         self,
         state: Mapping[str, Tensor],
+        *,
         step: int,
         samples: int,
         tokens: int,
         config: dict[str, Any],
         data: dict[str, Any],
         strategy: str,
-    ) -> Path:
-        """Write `state` (names to plain tensors or DTensors, each tensor once) and commit it; returns its directory.
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """Begin to save `state` (names to plain tensors or DTensors, each tensor once).
 
-        All data is on disk before the manifest, the manifest before the one rename that commits; older checkpoints
-        beyond `keep_last` go only after that. A step that this run committed before, and that still verifies, is
-        not written again. Raises UserError on every rank when any rank cannot write; nothing older is touched.
+        A step that this run committed before, and that still verifies, is not written again: nothing is pending then.
+        Raises StorageError on every rank when the storage refuses the first move, and UserError for state that cannot
+        be stored or a folder of another run.
         """
-        target = step_directory(self.directory, step)
-        if self._already_committed(target):
-            return target
-        temporary = self.directory / on_rank_zero(lambda: self._prepare(target))
-        writer = SafetensorsWriter(temporary, {"run_id": self.run_id, "step": str(step)})
+        if self._save is not None:
+            raise RuntimeError(f"{self._save.name} is being saved: finish it before the next save starts")
+        began = time.perf_counter()
+        name = step_name(step)
+        if self._already_committed(name):
+            return
         about: dict[str, Any] = {"step": step, "samples": samples, "tokens": tokens, "world_size": rank_and_world()[1]}
-        about |= {"run_id": self.run_id, "strategy": strategy, "config": config, "data": data, "versions": _versions()}
-        try:
-            _dcp_save(state, writer)
-            on_rank_zero(
-                lambda: _commit(temporary, target, Manifest(files=writer.files, tensors=writer.tensors, **about))
-            )
-        except BaseException:
-            if rank_and_world()[0] == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        if rank_and_world()[0] == 0:
-            self._delete_old(target)
-        return target
+        about |= {"run_id": self.run_id, "strategy": strategy, "config": config, "data": data, "extra": extra or {}}
+        staged = self._staging.stage(state)
+        attempt = on_rank_zero(lambda: self.storage.begin(name))
+        header = {"run_id": self.run_id, "step": str(step)}
+        work = self._run(lambda: self._write(attempt, staged, header))
+        self._save = _Save(name, attempt, about, staged.tensors, work, time.perf_counter() - began)
 
-    def latest(self) -> CheckpointInfo | None:
-        """The newest checkpoint that verifies: manifest, sizes and crc32 of every file, shared out over the ranks.
+    def advance(self) -> Saved | None:
+        """Take the save under way one stage further: files written, then committed; its end when it has come to one.
 
-        None when nothing was ever committed. Raises UserError when there are checkpoints but none is sound: starting
-        over in silence would lose a run.
+        Waits for the slowest rank. A training loop calls it when it knows that no rank is `busy`.
         """
-        rejected: list[str] = []
-        for name in on_rank_zero(lambda: [path.name for path in committed_steps(self.directory)]):
-            try:
-                return CheckpointInfo(self.directory / name, _verified(self.directory / name), tuple(rejected))
-            except UserError as error:
-                rejected.extend(error.problems)
-        if rejected:
-            remedy = "no checkpoint here can be loaded; restore one, or move them away to start again"
-            raise UserError([*rejected, f"{self.directory}: {remedy}"])
-        return None
+        save = self._save
+        if save is None:
+            return None
+        began = time.perf_counter()
+        ended = self._committed(save) if save.committing else self._written(save)
+        save.stall_seconds += time.perf_counter() - began
+        if ended is not None:
+            self._save = None
+        return ended
 
-    def load(self, state: Mapping[str, Tensor], info: CheckpointInfo) -> None:
-        """Fill the tensors of `state` in place, at whatever layout they have now.
+    def finish(self) -> Saved | None:
+        """Wait for the end of the save under way; None when there is none. Storage errors are in `problems`."""
+        saved = None
+        while self.pending:
+            saved = self.advance()
+        return saved
 
-        Raises UserError on every rank, before touching anything, when names, shapes or dtypes differ. Under FSDP2 the
-        caller must reshard its modules afterwards, or the next forward may still use unsharded old weights.
-        """
-        _load(state, info.directory, info.manifest)
-
-    def _already_committed(self, target: Path) -> bool:
-        if not on_rank_zero(lambda: target in committed_steps(self.directory)):
+    def _already_committed(self, name: str) -> bool:
+        if not on_rank_zero(lambda: name in self.storage.committed()):
             return False
         try:
-            manifest = _verified(target)
+            manifest = self.verified(name)
         except UserError:
             return False  # a damaged checkpoint of this step is replaced
         if manifest.run_id != self.run_id:
-            raise UserError(f"{target}: belongs to run {manifest.run_id}, not {self.run_id}; use another run.dir")
+            place = self.storage.place(name)
+            raise UserError(f"{place}: belongs to run {manifest.run_id}, not {self.run_id}; use another run.dir")
         return True
 
-    def _prepare(self, target: Path) -> str:
-        """On rank 0: clear what interrupted saves left behind and choose the name to write under."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for stray in self.directory.glob("step-*.tmp-*"):
-            shutil.rmtree(stray, ignore_errors=True)
-        return f"{target.name}.tmp-{secrets.token_hex(4)}"
+    def _write(self, attempt: str, staged: Staged, header: dict[str, str]) -> tuple[FileEntry | None, float]:
+        began = time.perf_counter()
+        entry = self.storage.write(attempt, staged.file, staged.boxes, header) if staged.boxes else None
+        return entry, time.perf_counter() - began
 
-    def _delete_old(self, newest: Path) -> None:
-        """On rank 0: keep `newest` and the `keep_last - 1` before it; later steps, passed over once, stay."""
-        older = [path for path in committed_steps(self.directory) if path < newest]
-        for path in older[self.keep_last - 1 :]:
-            _remove(path)
+    def _written(self, save: _Save) -> Saved | None:
+        """Gather what the ranks wrote; commit it in rank 0's thread, or give it up when a rank could not write."""
+        report: dict[str, Any] = {"stall": save.stall_seconds, "write": 0.0, "entry": None, "problems": []}
+        defect: Exception | None = None
+        try:
+            entry, report["write"] = save.work.result()
+            report["entry"] = entry and vars(entry)
+        except UserError as error:
+            report["problems"] = error.problems
+        except Exception as error:
+            defect, report["problems"] = error, [f"{type(error).__name__}: {error}"]
+        reports = all_gather_json(report)
+        save.stall_seconds = max(report["stall"] for report in reports)
+        save.write_seconds = max(report["write"] for report in reports)
+        files = tuple(FileEntry(**report["entry"]) for report in reports if report["entry"])
+        save.bytes = sum(entry.bytes for entry in files)
+        problems = {rank: report["problems"] for rank, report in enumerate(reports) if report["problems"]}
+        first = rank_and_world()[0] == 0
+        if problems:
+            if first:
+                self.storage.abort(save.attempt)
+            if defect is not None:
+                raise defect
+            return self._end(save, problems=(_one_line(problems),))
+        save.committing = True
+        manifest = Manifest(files=files, tensors=save.tensors, versions=_versions(), **save.about)
+        save.work = self._run(lambda: self._commit(save, manifest) if first else [])
+        return None
+
+    def _commit(self, save: _Save, manifest: Manifest) -> list[str]:
+        try:
+            self.storage.commit(save.attempt, save.name, manifest)
+        except BaseException:
+            self.storage.abort(save.attempt)
+            raise
+        return self.retention.delete_old(save.name)
+
+    def _committed(self, save: _Save) -> Saved:
+        try:
+            return self._end(save, notes=tuple(on_rank_zero(save.work.result)))
+        except StorageError as error:
+            return self._end(save, problems=error.problems)
+
+    def _end(self, save: _Save, problems: tuple[str, ...] = (), notes: tuple[str, ...] = ()) -> Saved:
+        place, step = self.storage.place(save.name), save.about["step"]
+        return Saved(step, place, save.bytes, save.stall_seconds, save.write_seconds, problems, notes)
+
+    def _run(self, job: Callable[[], T]) -> Future[T]:
+        """In the thread beside the training; without `asynchronous` here and now."""
+        if self._asynchronous:
+            return self._thread.submit(job)
+        done: Future[T] = Future()
+        try:
+            done.set_result(job())
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
 
-def load_weights(directory: Path, model: nn.Module) -> Manifest:
-    """Verify the checkpoint in `directory` and fill `model` (plain, DDP or FSDP2) from it, without optimizer state.
-
-    Returns the manifest. Raises UserError when a byte is wrong or names, shapes or dtypes differ. Under FSDP2 the
-    caller must reshard its modules afterwards.
-    """
-    manifest = _verified(directory)
-    weights = {name: entry for name, entry in manifest.tensors.items() if name.startswith("model.")}
-    _load(model_state(model), directory, replace(manifest, tensors=weights))
-    return manifest
-
-
-def _verified(directory: Path) -> Manifest:
-    """The manifest, once the ranks together have read every file; UserError on every rank if any found a problem."""
-    rank, world = rank_and_world()
-    manifest, problems = None, []
-    try:
-        manifest = read_manifest(directory)
-        problems = [problem for entry in manifest.files[rank::world] if (problem := verify_file(directory, entry))]
-    except UserError as error:
-        problems = list(error.problems)
-    raise_together(problems)
-    assert manifest is not None
-    return manifest
+def _one_line(problems_of_ranks: Mapping[int, Sequence[str]]) -> str:
+    """What the first rank that failed has to say, for all: a full disk can have a thousand."""
+    rank, problems = min(problems_of_ranks.items())
+    others = len(problems_of_ranks) - 1
+    return f"rank {rank}{f' and {others} more' if others else ''}: {'; '.join(problems)}"
 
 
 def _versions() -> dict[str, str]:
     return {"torch": torch.__version__, "disttrain": __version__, "python": platform.python_version()}
-
-
-def _dcp_save(state: Mapping[str, Tensor], writer: SafetensorsWriter) -> None:
-    planner = DefaultSavePlanner(flatten_state_dict=False)
-    with dcp_errors(), _quiet():
-        dcp.save(dict(state), storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
-
-
-def _load(state: Mapping[str, Tensor], directory: Path, manifest: Manifest) -> None:
-    raise_together([f"{directory}: {problem}" for problem in differences(state, manifest)])
-    targets = {name: tensor.detach() for name, tensor in state.items()}
-    reader = SafetensorsReader(directory, manifest)
-    planner = DefaultLoadPlanner(flatten_state_dict=False)
-    with dcp_errors(), _quiet():
-        dcp.load(targets, storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide DCP's warning that one process without a group is one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _commit(temporary: Path, target: Path, manifest: Manifest) -> None:
-    write_manifest(temporary, manifest)
-    replaced = temporary.with_name(f"{temporary.name}-replaced")
-    if target.exists():  # damaged, or it would have been kept
-        target.rename(replaced)
-    temporary.rename(target)
-    fsync_directory(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _remove(directory: Path) -> None:
-    """Delete a committed checkpoint; renamed first, so that half a deletion never looks like a checkpoint."""
-    doomed = directory.with_name(f"{directory.name}.tmp-deleted")
-    try:
-        directory.rename(doomed)
-    except OSError as error:
-        warnings.warn(f"{directory}: cannot delete the old checkpoint: {error.strerror}", stacklevel=2)
-    shutil.rmtree(doomed, ignore_errors=True)

@@ -10,18 +10,24 @@ import json
 import math
 import os
 import re
-import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
+from disttrain.checkpoint.placement import STORED_DTYPES, Room, inside, tiles
+from disttrain.checkpoint.untrusted import matching, natural, naturals, plain_size, strict_json, table, text
 from disttrain.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MANIFEST_LIMIT_BYTES = 2**30
 MANIFEST_NAME = "manifest.json"
 _STEP_NAME = re.compile(r"step-(\d{8})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
-_READ_BYTES = 4 * 2**20
+_CRC32 = re.compile(r"[0-9a-f]{8}")
+_TABLES = ("config", "data", "versions", "extra")
+_MOST_DIMS = 32
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,10 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a checkpoint says about itself; `samples` and `tokens` are those consumed so far."""
+    """Everything a checkpoint says about itself; `samples` and `tokens` are those consumed so far.
+
+    `extra` holds JSON values by owner, as in {"wandb": {"id": ...}}.
+    """
 
     run_id: str
     step: int
@@ -67,7 +76,17 @@ class Manifest:
     versions: dict[str, str]
     files: tuple[FileEntry, ...]
     tensors: dict[str, TensorEntry]
+    extra: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @cached_property
+    def contents(self) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+        """For every file, what lies in it: key to dtype and shape."""
+        contents: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {entry.name: {} for entry in self.files}
+        for tensor in self.tensors.values():
+            for chunk in tensor.chunks:
+                contents[chunk.file][chunk.key] = (tensor.dtype, chunk.sizes)
+        return contents
 
 
 def step_directory(checkpoints_directory: Path, step: int) -> Path:
@@ -95,8 +114,10 @@ def fsync_directory(directory: Path) -> None:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, with its own sha256, into `directory` and fsync both.
 
-    Raises TypeError when `config` or `data` cannot be written as JSON.
+    Raises TypeError or ValueError when `config`, `data`, `extra` or a name could not be read back.
     """
+    for name in (manifest.run_id, manifest.strategy, *manifest.tensors):
+        text(name)
     canonical = _canonical(_as_json(manifest))
     with (directory / MANIFEST_NAME).open("x", encoding="utf-8") as file:
         file.write(f'{canonical[:-1]},"sha256":"{_sha256(canonical)}"}}\n')
@@ -106,28 +127,19 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and check the manifest of a checkpoint; the data files are not opened.
+    """Read and check the manifest of a checkpoint, an older format too; the data files are not opened.
 
-    Raises UserError when it is missing, not JSON, of another format, not what was written (sha256), names a file
-    outside the directory, or when the boxes of a tensor do not tile it exactly.
+    Raises UserError when it is missing, not a plain file, not JSON, of another format, not what was written (sha256),
+    names a file outside the directory, promises more than its files can hold, or when boxes do not tile their tensor.
     """
     path = directory / MANIFEST_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        manifest = _parse(_read(path))
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}; use another checkpoint") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); use another checkpoint") from None
-    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-        found = content.get("format_version") if isinstance(content, dict) else None
-        raise UserError(f"{path}: format_version is {found!r}, this disttrain reads {FORMAT_VERSION}; use its version")
-    if content.pop("sha256", None) != _sha256(_canonical(content)):
-        raise UserError(
-            f"{path}: sha256 does not match: the manifest was changed after writing; use another checkpoint"
-        )
-    try:
-        manifest = _parse(content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except _RefusedError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: malformed ({type(error).__name__}: {error}); use another checkpoint") from None
     named = _STEP_NAME.fullmatch(directory.name)
     if named and int(named[1]) != manifest.step:
@@ -135,40 +147,51 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def verify_file(directory: Path, entry: FileEntry) -> str | None:
-    """Compare one data file with its entry: None when every byte is right, otherwise the problem in words."""
-    path = directory / entry.name
+class _RefusedError(ValueError):
+    """Words that need no more than the place."""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a manifest, checked as it was written and then brought to the present format."""
+    if (size := plain_size(path)) > MANIFEST_LIMIT_BYTES:
+        raise _RefusedError(f"{size:,} bytes, a manifest has at most {MANIFEST_LIMIT_BYTES:,}; use another checkpoint")
     try:
-        size, crc = 0, 0
-        with path.open("rb") as file:
-            while block := file.read(_READ_BYTES):
-                size, crc = size + len(block), zlib.crc32(block, crc)
-    except OSError as error:
-        return f"{path}: cannot read: {error.strerror}"
-    if size != entry.bytes:
-        return f"{path}: {size} bytes, the manifest says {entry.bytes} ({size - entry.bytes:+d})"
-    if f"{crc:08x}" != entry.crc32:
-        return f"{path}: crc32 is {crc:08x}, the manifest says {entry.crc32}: the content was damaged"
-    return None
+        content = strict_json(path.read_bytes())
+    except ValueError as error:
+        raise _RefusedError(f"not valid JSON ({error}); use another checkpoint") from None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    found = f"format_version is {shortened(version)}, this disttrain reads 1 to {FORMAT_VERSION}"
+    if type(version) is not int or version < 1:
+        raise _RefusedError(f"{found}; use another checkpoint")
+    if version > FORMAT_VERSION:
+        raise _RefusedError(f"{found}: written by a newer disttrain; upgrade disttrain")
+    if content.pop("sha256", None) != _sha256(_canonical(content)):
+        raise _RefusedError("sha256 does not match: the manifest was changed after writing; use another checkpoint")
+    for older in range(version, FORMAT_VERSION):
+        content = _MIGRATIONS[older](content)
+    return content
 
 
-def verify_files(directory: Path, manifest: Manifest) -> list[str]:
-    """Read every data file of a checkpoint and return what is wrong, in words; an empty list when all is right."""
-    return [problem for entry in manifest.files if (problem := verify_file(directory, entry))]
+def _add_extra(content: dict[str, Any]) -> dict[str, Any]:
+    return content | {"extra": {}}
+
+
+_MIGRATIONS = {1: _add_extra}
+"""From each older format to the one after it."""
 
 
 def _as_json(manifest: Manifest) -> dict[str, Any]:
     """The manifest as a reader will see it: `dataclasses.asdict` would take seconds for thousands of ranks."""
-    content = dict(vars(manifest))
+    content = {item.name: getattr(manifest, item.name) for item in fields(manifest)}
     content["files"] = [vars(entry) for entry in manifest.files]
     chunks = {name: [vars(chunk) for chunk in entry.chunks] for name, entry in manifest.tensors.items()}
     content["tensors"] = {name: vars(entry) | {"chunks": chunks[name]} for name, entry in manifest.tensors.items()}
     # The user's values go through JSON once, since keys that become strings would sort differently.
-    return content | {key: json.loads(json.dumps(content[key])) for key in ("config", "data", "versions")}
+    return content | {key: json.loads(json.dumps(content[key])) for key in _TABLES}
 
 
 def _canonical(content: dict[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def _sha256(canonical: str) -> str:
@@ -176,63 +199,38 @@ def _sha256(canonical: str) -> str:
 
 
 def _parse(content: dict[str, Any]) -> Manifest:
-    files = tuple(FileEntry(_file_name(f["name"]), _natural(f["bytes"]), str(f["crc32"])) for f in content["files"])
-    names = {entry.name for entry in files}
-    tensors = {name: _parse_tensor(name, entry, names) for name, entry in content["tensors"].items()}
-    values: dict[str, Any] = {key: _natural(content[key]) for key in ("step", "samples", "tokens", "world_size")}
-    values |= {key: str(content[key]) for key in ("run_id", "strategy")}
-    values |= {key: dict(content[key]) for key in ("config", "data", "versions")}
+    files = tuple(_parse_file(entry) for entry in content["files"])
+    room = Room({entry.name: entry.bytes for entry in files})
+    if len(room.left) != len(files):
+        raise ValueError(f"{len(files)} files have {len(room.left)} different names")
+    tensors = {text(name): _parse_tensor(name, entry, room) for name, entry in content["tensors"].items()}
+    values: dict[str, Any] = {key: natural(content[key]) for key in ("step", "samples", "tokens", "world_size")}
+    values |= {key: text(content[key]) for key in ("run_id", "strategy")}
+    values |= {key: table(content[key]) for key in _TABLES}
+    for version in values["versions"].values():
+        text(version)
     return Manifest(files=files, tensors=tensors, **values)
 
 
-def _parse_tensor(name: str, entry: dict[str, Any], files: set[str]) -> TensorEntry:
-    boxes = ((str(c["file"]), str(c["key"]), _naturals(c["offsets"]), _naturals(c["sizes"])) for c in entry["chunks"])
-    chunks = tuple(Chunk(*box) for box in boxes)
-    shape = _naturals(entry["shape"])
-    for chunk in chunks:
-        if chunk.file not in files:
-            raise ValueError(f"{name}: {chunk.file!r} is not one of the checkpoint's files")
-        ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
-        if len(ends) != len(shape) or any(end > length for end, length in zip(ends, shape, strict=True)):
-            raise ValueError(f"{name}: region {chunk.offsets}+{chunk.sizes} lies outside shape {shape}")
-    if _overlapping(chunks):
-        raise ValueError(f"{name}: regions overlap")
-    covered = sum(math.prod(chunk.sizes) for chunk in chunks)
+def _parse_file(entry: dict[str, Any]) -> FileEntry:
+    name = matching(_FILE_NAME, entry["name"], "a plain *.safetensors name")
+    return FileEntry(name, natural(entry["bytes"]), matching(_CRC32, entry["crc32"], "eight hexadecimal digits"))
+
+
+def _parse_tensor(name: str, entry: dict[str, Any], room: Room) -> TensorEntry:
+    dtype, shape, chunks, covered = entry["dtype"], naturals(entry["shape"]), [], 0
+    if dtype not in STORED_DTYPES or len(shape) > _MOST_DIMS:
+        raise ValueError(f"{name}: cannot be {shortened(dtype)} of {len(shape)} dims, at most {_MOST_DIMS}")
+    for found in entry["chunks"]:
+        offsets, sizes = naturals(found["offsets"]), naturals(found["sizes"])
+        if not inside(offsets, sizes, shape):
+            raise ValueError(f"{name}: region {shortened(offsets)}+{shortened(sizes)} lies outside shape {shape}")
+        volume = math.prod(sizes)
+        covered += volume
+        place = room.take(name, found["file"], found["key"], volume * STORED_DTYPES[dtype][1])
+        chunks.append(Chunk(*place, offsets, sizes))
     if covered != math.prod(shape):
         raise ValueError(f"{name}: regions hold {covered} elements, shape {shape} has {math.prod(shape)}")
-    return TensorEntry(str(entry["dtype"]), shape, chunks)
-
-
-def _overlapping(chunks: tuple[Chunk, ...]) -> bool:
-    """Whether any two boxes meet: a sweep along the axis with most cuts, so shards cost no pairwise comparison."""
-    if len(chunks) < 2 or not chunks[0].sizes:
-        return len(chunks) > 1
-    axis = max(range(len(chunks[0].sizes)), key=lambda i: len({chunk.offsets[i] for chunk in chunks}))
-    active: list[Chunk] = []
-    for chunk in sorted(chunks, key=lambda chunk: chunk.offsets[axis]):
-        active = [other for other in active if other.offsets[axis] + other.sizes[axis] > chunk.offsets[axis]]
-        if any(_meet(chunk, other) for other in active):
-            return True
-        active.append(chunk)
-    return False
-
-
-def _meet(a: Chunk, b: Chunk) -> bool:
-    edges = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
-    return all(a0 < b0 + b_size and b0 < a0 + a_size for a0, a_size, b0, b_size in edges)
-
-
-def _file_name(name: Any) -> str:
-    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
-        raise ValueError(f"file name {name!r} is not a plain *.safetensors name")
-    return name
-
-
-def _natural(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is not a count")
-    return value
-
-
-def _naturals(values: Any) -> tuple[int, ...]:
-    return tuple(_natural(value) for value in values)
+    if not tiles([(chunk.offsets, chunk.sizes) for chunk in chunks], shape):
+        raise ValueError(f"{name}: regions overlap")
+    return TensorEntry(dtype, shape, tuple(chunks))

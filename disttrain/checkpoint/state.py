@@ -15,6 +15,8 @@ from disttrain.errors import UserError
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _SHOWN = 10
 
+SERVICE_PREFIX = "service."
+
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """`model.NAME` for every parameter and persistent buffer: the live tensors, tied ones once.
@@ -53,10 +55,16 @@ def training_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return state
 
 
+def is_optional(name: str) -> bool:
+    """Whether a run may go on without this tensor, or with it new: histories of watchers, named `service.OWNER.KEY`."""
+    return name.startswith(SERVICE_PREFIX)
+
+
 def differences(state: Mapping[str, Tensor], manifest: Manifest) -> list[str]:
     """What keeps the checkpoint from filling `state`: missing, unexpected and mismatched tensors, in words."""
-    missing = [f"{name}: not in the checkpoint" for name in state if name not in manifest.tensors]
-    unexpected = [f"{name}: in the checkpoint, but not asked for" for name in manifest.tensors if name not in state]
+    alone = {name for name in state.keys() ^ manifest.tensors.keys() if not is_optional(name)}
+    missing = [f"{name}: not in the checkpoint" for name in state if name in alone]
+    unexpected = [f"{name}: in the checkpoint, but not asked for" for name in manifest.tensors if name in alone]
     mismatched: list[str] = []
     for name, tensor in state.items():
         entry = manifest.tensors.get(name)

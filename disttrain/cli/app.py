@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import typer
 
+from disttrain.cli.checkpoint import checkpoint_app
 from disttrain.cli.config import config_command
 from disttrain.cli.evaluate import evaluate_command
 from disttrain.cli.generate import generate_command
@@ -29,6 +30,7 @@ app.command("config")(config_command)
 app.command("generate")(generate_command)
 app.command("evaluate")(evaluate_command)
 app.command("verify")(verify_command)
+app.add_typer(checkpoint_app, name="checkpoint")
 
 
 def main() -> None:

@@ -34,14 +34,12 @@ def open_run(path: Path, device: str | None = None) -> SavedRun:
         raise UserError(f"{path}: no config.json here, so this is no run folder; name one, for example runs/quickstart")
     config = load_config(path, [], check_layout=False).config
 
-    from disttrain.checkpoint.manager import CheckpointManager, load_weights
+    from disttrain.checkpoint.reading import open_checkpoint
     from disttrain.distributed.process_group import select_device
     from disttrain.train.build import build_gpt
 
-    found = CheckpointManager(folder.checkpoints, config.checkpoint.keep_last, config.run.name).latest()
-    if found is None:
-        raise UserError(f"{folder.checkpoints}: no checkpoint that verifies; train first (disttrain train ...)")
+    reader, found = open_checkpoint(path)
     place = select_device(device or config.device)
     model = build_gpt(config.model, config.train.sequence_length, place)
-    load_weights(found.directory, model)
+    reader.load_weights(model, found)
     return SavedRun(config, folder, model.eval(), place, found.manifest.step)

@@ -30,6 +30,8 @@ class TrainConfig(Section):
     """Sequences that one process computes at once."""
     sequence_length: PositiveInt = 256
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    init_from: str | None = None
+    """A run folder, or one checkpoint in it, whose weights a new run begins with. Nothing else is taken over."""
     nproc: PositiveInt | None = None
     """Processes that `disttrain train` starts on this machine. Default: one per GPU, or one."""
 
@@ -48,6 +50,13 @@ class CheckpointConfig(Section):
     every: PositiveInt = 500
     """Steps between checkpoints; the last step always gets one."""
     keep_last: PositiveInt = 2
+    """The newest checkpoints, which stay."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of every so many steps stay for good."""
+    asynchronous: bool = True
+    """Write beside the training, which stands still only for a copy to host memory (as large as what a rank holds)."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """What a save does that fails (a full disk, say): say so and try again soon, or end the run."""
 
 
 class MonitorConfig(Section):

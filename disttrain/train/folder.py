@@ -14,9 +14,19 @@ from typing import Any, Literal
 
 from disttrain.checkpoint.manifest import committed_steps
 from disttrain.config import RunConfig
-from disttrain.errors import UserError
+from disttrain.errors import StorageError, UserError
 
 State = Literal["running", "completed", "preempted", "failed"]
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a disk that refuses into one line."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"{error.filename or path}: {error.strerror or error}; free space, check permissions, set run.dir"
+        raise StorageError(problem) from error
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,7 @@ class RunFolder:
             yield
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)  # somebody may have removed it underneath a run
         whole = self.path / f"{name}.tmp"
         whole.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         whole.replace(self.path / name)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from disttrain.checkpoint.local import LocalStorage
 from disttrain.checkpoint.manager import CheckpointManager
+from disttrain.checkpoint.reading import open_checkpoint
 from disttrain.data.loader import validation_batches
 from disttrain.distributed.env import Ranks
 from disttrain.flops import training_flops_per_token
@@ -21,6 +24,7 @@ from disttrain.train.finish import bigram_line, sample_text
 from disttrain.train.folder import State
 from disttrain.train.output import RunOutput
 from disttrain.train.preflight import PreparedRun
+from disttrain.train.saving import RunCheckpoints, room_note
 from disttrain.train.step import StepResult, train_step
 
 
@@ -54,11 +58,19 @@ class TrainingLoop:
     def __init__(self, run: PreparedRun, ranks: Ranks, device: torch.device) -> None:
         self.config, self.data, self.ranks, self.device = run.config, run.data, ranks, device
         self.parts = build_training(run.config, run.data, ranks, device)
-        self.checkpoints = CheckpointManager(run.folder.checkpoints, run.config.checkpoint.keep_last, run.run_id)
         self.metrics = MetricBuffer({"loss_sum": "sum", "data_seconds": "max", "skipped_steps": "sum"}, device)
-        self.position, notes = self._resume()
-        notes += device_notes(run.config.parallel, device)
+        section = run.config.checkpoint
+        manager = CheckpointManager(
+            LocalStorage(run.folder.checkpoints),
+            section.keep_last,
+            run.run_id,
+            keep_every=section.keep_every,
+            asynchronous=section.asynchronous,
+        )
+        self.position, notes = self._begin(manager)
+        notes += device_notes(run.config.parallel, device) + room_note(manager, self.parts.engine.state())
         self.output = RunOutput(run, ranks, self.position.step, notes)
+        self.checkpoints = RunCheckpoints(manager, section, self.output)
         self.first_step = self.logged_step = self.position.step
         self.logged_at = time.perf_counter()
 
@@ -70,8 +82,8 @@ class TrainingLoop:
             # Before the checkpoint: a run that is cut short in the evaluation does it again when it resumes.
             if step % config.monitor.evaluate_every == 0 or step == total:
                 self._evaluate()
-            if step % config.checkpoint.every == 0 or step == total or stopping:
-                self._save()
+            if self.checkpoints.due(step) or step == total or stopping:
+                self._save(last=step == total or stopping)
             if stopping and step < total:
                 return "preempted"
         self._finish()
@@ -90,12 +102,14 @@ class TrainingLoop:
             lr_factor=factor,
             device=self.device,
             stop_wanted=stop_wanted,
+            saving=self.checkpoints.busy,
         )
         self.metrics.add("skipped_steps", result.update.skipped)
         self.position, step = reached, reached.step
         if step % self.config.monitor.log_every == 0 or step in (self.first_step + 1, self.config.train.total_steps):
             self.metrics.add("loss_sum", result.loss_sum)
             self._log(result, factor)
+        self.checkpoints.look(step, result.saving)
         return result.stop
 
     def _lr_factor(self, reached: Position) -> float:
@@ -152,21 +166,32 @@ class TrainingLoop:
         self.output.log_validation(self.position.step, self.position.tokens, result.loss, result.bits_per_byte)
         self.logged_at += time.perf_counter() - began
 
-    def _resume(self) -> tuple[Position, list[str]]:
+    def _begin(self, manager: CheckpointManager) -> tuple[Position, list[str]]:
         """Load the newest checkpoint that verifies; the position it stands for, and what to tell about it."""
-        found = self.checkpoints.latest()
+        found = manager.latest()
         if found is None:
-            return Position(), []
-        self.checkpoints.load(self.parts.engine.state(), found)
+            return Position(), self._initial_weights()
+        notes = [*found.rejected, *manager.load(self.parts.engine.state(), found)]
         self.parts.engine.loaded()
         manifest = found.manifest
-        notes = [*found.rejected, f"resumed from {found.directory} (step {manifest.step})"]
+        notes.append(f"resumed from {found.place} (step {manifest.step})")
         return Position(manifest.step, manifest.samples, manifest.tokens), notes
 
-    def _save(self) -> None:
+    def _initial_weights(self) -> list[str]:
+        """The weights that `train.init_from` names, in place of drawn ones."""
+        source = self.config.train.init_from
+        if source is None:
+            return []
+        reader, found = open_checkpoint(Path(source).expanduser())
+        parameters_will_change(self.parts.model)
+        reader.load_weights(self.parts.gpt, found)
+        return [*found.rejected, f"weights from {found.place} (step {found.manifest.step}); everything else is new"]
+
+    def _save(self, last: bool) -> None:
         began = time.perf_counter()
         self.checkpoints.save(
             self.parts.engine.state(),
+            last=last,
             step=self.position.step,
             samples=self.position.samples,
             tokens=self.position.tokens,

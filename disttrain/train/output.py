@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from disttrain.checkpoint.manager import Saved
 from disttrain.distributed.env import Ranks
 from disttrain.monitor import ConsoleSink, JsonlSink
-from disttrain.train.folder import State
+from disttrain.train.folder import State, disk_errors
 from disttrain.train.preflight import PreparedRun
 
 
@@ -16,11 +17,12 @@ class RunOutput:
         self.console: ConsoleSink | None = None
         if not ranks.is_first:
             return
-        self.folder.write_config(run.config)
-        self.folder.write_status("running", step)
-        if run.data.tokenizer is not None:
-            run.data.tokenizer.save(self.folder.tokenizer)
-        self.jsonl = JsonlSink(self.folder.metrics, resumed_step=step)
+        with disk_errors(self.folder.path):
+            self.folder.write_config(run.config)
+            self.folder.write_status("running", step)
+            if run.data.tokenizer is not None:
+                run.data.tokenizer.save(self.folder.tokenizer)
+            self.jsonl = JsonlSink(self.folder.metrics, resumed_step=step)
         self.console = ConsoleSink(run.config.train.total_steps, step)
         for note in notes:
             self.console.say(note)
@@ -44,17 +46,36 @@ class RunOutput:
         shown = "n/a (no tokenizer)" if bits_per_byte is None else f"{bits_per_byte:.4f}"
         self.console.say(f"validation at step {step}: loss {loss:.4f}, bits per byte {shown}")
 
+    def warn(self, text: str) -> None:
+        if self.console is not None:
+            self.console.say(f"warning: {text}")
+
+    def log_checkpoint(self, saved: Saved) -> None:
+        """What a committed checkpoint cost, and what went wrong besides."""
+        if self.console is None:
+            return
+        record = {"step": saved.step, "checkpoint_bytes": saved.bytes, "checkpoint_stall_seconds": saved.stall_seconds}
+        self.jsonl.log(record | {"checkpoint_write_seconds": saved.write_seconds})
+        self.console.say(
+            f"checkpoint of step {saved.step}: {saved.bytes / 1e6:,.1f} MB written in {saved.write_seconds:.2f} s, "
+            f"training stood still for {saved.stall_seconds:.2f} s"
+        )
+        for note in saved.notes:
+            self.warn(note)
+
     def sample(self, step: int, text: str | None) -> None:
         if self.console is not None and text:
-            self.folder.add_sample(step, text)
+            with disk_errors(self.folder.path):
+                self.folder.add_sample(step, text)
             self.console.say(f"sample after {step} steps:\n{text}")
 
     def leave(self, state: State, step: int) -> None:
         """The last word of a run that ends as it should."""
         if self.console is None:
             return
-        self.jsonl.close()
         self.console.close()
-        self.folder.write_status(state, step)
+        with disk_errors(self.folder.path):
+            self.jsonl.close()
+            self.folder.write_status(state, step)
         done = "done" if state == "completed" else "stopped on request with a checkpoint; start again to resume"
         self.console.say(f"{done}: step {step}, {self.folder.path}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disttrain.checkpoint.manifest import Manifest, committed_steps, read_manifest
+from disttrain.checkpoint.manifest import MANIFEST_NAME, Manifest, committed_steps, read_manifest
 from disttrain.config import RunConfig
 from disttrain.config.load import flat_items
 from disttrain.data.source import Data, check_length, check_token_ids, open_data
@@ -21,6 +21,8 @@ _FIXED = ("model.", "train.sequence_length", "train.global_batch_tokens", "train
 """What a checkpoint's weights, data position and schedule depend on: another value is another run."""
 _IDENTITY = ("fingerprint", "tokenizer_sha256")
 """What makes data the same; names and versions are only told."""
+_DRAWN = ("model.init", "model.init_std")
+"""What decides about initial weights only, and not about those of a checkpoint."""
 _SILENT = ("run.", "monitor.", "data.")
 
 
@@ -114,7 +116,7 @@ def _compare_with_checkpoint(config: RunConfig, data: Data, folder: RunFolder) -
             "remove the folder"
         )
     if not steps:
-        return []
+        return _compare_with_origin(config, data)
     manifest = _newest_readable(steps)
     if manifest is None:
         return []  # the checkpoint manager says so
@@ -128,6 +130,29 @@ def _compare_with_checkpoint(config: RunConfig, data: Data, folder: RunFolder) -
         remedy = f"{folder.path} holds step {manifest.step} of another run: undo the change or set another run.name"
         raise UserError([*refused, remedy])
     return [f"changed since step {manifest.step}: {line}" for key, line in lines.items() if not key.startswith(_SILENT)]
+
+
+def _compare_with_origin(config: RunConfig, data: Data) -> list[str]:
+    """Whether `train.init_from` holds weights that fit: lines to tell; UserError when there is no use in starting."""
+    if config.train.init_from is None:
+        return []
+    path = Path(config.train.init_from).expanduser()
+    steps = [path] if (path / MANIFEST_NAME).exists() else committed_steps(path / "checkpoints")
+    if not steps:
+        raise UserError(f"train.init_from = {path}: no checkpoint there; name a run folder or one of its checkpoints")
+    manifest = _newest_readable(steps)
+    if manifest is None:
+        read_manifest(steps[0])  # says what is wrong with it
+        return []
+    theirs = _flat(manifest.config)
+    ours = {key: _plain(value) for key, value in flat_items(config).items() if key.startswith("model.")}
+    changed = [key for key in ours if key in theirs and theirs[key] != ours[key] and key not in _DRAWN]
+    if changed:
+        lines = [f"{key} is {theirs[key]!r} there, {ours[key]!r} here" for key in changed]
+        raise UserError([*lines, f"train.init_from = {path}: weights of another model; set the same model section"])
+    if manifest.data.get("tokenizer_sha256") == data.identity["tokenizer_sha256"]:
+        return []
+    return [f"train.init_from = {path}: trained with another tokenizer; its embeddings mean other pieces of text"]
 
 
 def _newest_readable(steps: list[Path]) -> Manifest | None:

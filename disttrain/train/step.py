@@ -24,6 +24,8 @@ class StepResult:
     """Predicted tokens of the whole global batch."""
     stop: bool
     """Some rank was asked to stop; all ranks know it after the same step."""
+    saving: bool
+    """Some rank still writes its part of a checkpoint; all ranks know it after the same step."""
 
 
 def train_step(
@@ -33,6 +35,7 @@ def train_step(
     lr_factor: float,
     device: torch.device,
     stop_wanted: bool = False,
+    saving: bool = False,
 ) -> StepResult:
     """One optimizer step on this rank's `microbatches` of (tokens, labels) [rows, length], CPU tensors.
 
@@ -40,7 +43,7 @@ def train_step(
     A batch without any valid token has zero gradients.
     """
     local_tokens = sum(int((labels != IGNORE_LABEL).sum()) for _, labels in microbatches)
-    valid_tokens, stops = dist_sum_integers(local_tokens, int(stop_wanted))
+    valid_tokens, stops, savers = dist_sum_integers(local_tokens, int(stop_wanted), int(saving))
 
     loss_sum = torch.zeros((), device=device)
     for index, (tokens, labels) in enumerate(microbatches):
@@ -50,4 +53,4 @@ def train_step(
         loss_sum = loss_sum + loss.detach()
 
     update = engine.finish_step(lr_factor)
-    return StepResult(loss_sum, update, valid_tokens, stop=stops > 0)
+    return StepResult(loss_sum, update, valid_tokens, stop=stops > 0, saving=savers > 0)

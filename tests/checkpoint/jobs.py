@@ -9,9 +9,9 @@ from torch import Tensor
 
 from disttrain.checkpoint import tensor_file
 from disttrain.checkpoint.agreement import all_gather_json, on_rank_zero
-from disttrain.checkpoint.manager import load_weights
+from disttrain.checkpoint.reading import open_checkpoint
 from disttrain.checkpoint.state import model_state, training_state
-from disttrain.errors import UserError
+from disttrain.errors import StorageError, UserError
 from tests.checkpoint import toys
 
 
@@ -38,7 +38,8 @@ def load_latest(rank: int, world: int, strategy: str, directory: Path) -> tuple[
 
 def weights_only(rank: int, world: int, strategy: str, directory: Path) -> dict[str, Tensor]:
     model, _ = toys.build(strategy, seed=1234)
-    load_weights(directory, model)
+    reader, info = open_checkpoint(directory)
+    reader.load_weights(model, info)
     return toys.full(model_state(model))
 
 
@@ -78,7 +79,7 @@ def agree(rank: int, world: int) -> tuple[list, str, list[str]]:
     assert on_rank_zero(lambda: [1, None, "x"]) == [1, None, "x"]
 
     def denied() -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", "/somewhere")
+        raise StorageError("/somewhere: Permission denied")
 
     def defect() -> None:
         raise KeyError("bug")

@@ -3,8 +3,8 @@
 import pytest
 from safetensors import safe_open
 
-from disttrain.checkpoint.manager import load_weights
 from disttrain.checkpoint.manifest import read_manifest
+from disttrain.checkpoint.reading import open_checkpoint
 from disttrain.checkpoint.state import model_state, training_state
 from tests.checkpoint import toys
 
@@ -44,7 +44,8 @@ def test_loads_in_one_process_without_a_group(saved):
 def test_loads_weights_alone(saved):
     directory, expected = saved
     model, _ = toys.build("plain", seed=99)
-    load_weights(directory / "step-00000003", model)
+    reader, info = open_checkpoint(directory / "step-00000003")
+    reader.load_weights(model, info)
     toys.assert_same(model_state(model), {k: v for k, v in expected.items() if k.startswith("model.")})
 
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from disttrain.checkpoint import manager as manager_module
-from disttrain.checkpoint.manager import CheckpointManager
+from disttrain.checkpoint import local
 from disttrain.checkpoint.manifest import read_manifest
 from disttrain.checkpoint.state import training_state
 from disttrain.errors import UserError
@@ -121,7 +120,7 @@ def test_a_temporary_directory_is_never_picked_and_goes_at_the_next_save(tmp_pat
 KILLED_SAVE = """
 import os, signal, sys
 from pathlib import Path
-from disttrain.checkpoint import manager
+from disttrain.checkpoint import local
 from tests.checkpoint.test_manager import small_state
 from tests.checkpoint import toys
 
@@ -129,12 +128,12 @@ def killed(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
 where, name = sys.argv[2].split(":")
-setattr({"manager": manager, "Path": Path}[where], name, killed)
+setattr({"local": local, "Path": Path}[where], name, killed)
 toys.save(Path(sys.argv[1]), small_state(2), 2)
 """
 
 
-@pytest.mark.parametrize("moment", ["manager:write_manifest", "Path:rename"])
+@pytest.mark.parametrize("moment", ["local:write_manifest", "Path:rename"])
 def test_kill_before_the_rename_leaves_the_older_checkpoint(tmp_path, moment):
     toys.save(tmp_path, small_state(1), 1)
     root = Path(__file__).parents[2]
@@ -153,7 +152,7 @@ def test_a_failed_commit_leaves_no_trace(tmp_path):
     toys.save(tmp_path, small_state(1), 1)
     full_disk = OSError(errno.ENOSPC, "No space left on device", "manifest.json")
     with (
-        patch.object(manager_module, "write_manifest", side_effect=full_disk),
+        patch.object(local, "write_manifest", side_effect=full_disk),
         pytest.raises(UserError, match="No space left on device"),
     ):
         toys.save(tmp_path, small_state(2), 2)
@@ -167,7 +166,7 @@ def test_retention_keeps_the_newest(tmp_path):
     toys.save(tmp_path, small_state(5), 5, keep_last=1)
     assert names(tmp_path) == ["step-00000005"]
     with pytest.raises(UserError, match="keep_last"):
-        CheckpointManager(tmp_path, 0, "run-a")
+        toys.manager(tmp_path, 0)
 
 
 def test_retention_never_prefers_a_later_damaged_checkpoint(tmp_path):

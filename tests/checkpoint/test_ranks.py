@@ -49,5 +49,5 @@ def test_agreement(pool):
     results = pool.run(f"{JOBS}:agree", world=3)
     for rank, (gathered, problem, kinds) in enumerate(results):
         assert gathered == [{"rank": r, "text": "é" * r} for r in range(3)]
-        assert problem == "/somewhere: Permission denied; check space and permissions"
+        assert problem == "/somewhere: Permission denied"
         assert kinds == ["KeyError" if rank == 0 else "RuntimeError"]

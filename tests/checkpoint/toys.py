@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from disttrain.checkpoint.local import LocalStorage
 from disttrain.checkpoint.manager import CheckpointManager
 
 
@@ -66,14 +68,20 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(actual[name], tensor), name
 
 
-def manager(directory: Path, keep_last: int = 10, run_id: str = "run-a") -> CheckpointManager:
-    return CheckpointManager(directory, keep_last, run_id)
+FACTS = {"config": {"model": {"width": 6, "eps": 1e-8}}, "data": {"corpus": "toy"}, "strategy": "test"}
+
+
+def about(step: int) -> dict[str, Any]:
+    """What a save says about itself, made up: 8 samples and 64 tokens a step."""
+    return {"step": step, "samples": 8 * step, "tokens": 64 * step, **FACTS}
+
+
+def manager(directory: Path, keep_last: int = 10, run_id: str = "run-a", **settings: Any) -> CheckpointManager:
+    return CheckpointManager(LocalStorage(directory), keep_last, run_id, **settings)
 
 
 def save(directory: Path, state: dict[str, Tensor], step: int, keep_last: int = 10, run_id: str = "run-a") -> Path:
-    """Save with made-up facts: 8 samples and 64 tokens a step."""
-    facts = {"config": {"model": {"width": 6, "eps": 1e-8}}, "data": {"corpus": "toy"}, "strategy": "test"}
-    return manager(directory, keep_last, run_id).save(state, step, samples=8 * step, tokens=64 * step, **facts)
+    return Path(manager(directory, keep_last, run_id).save(state, **about(step)))
 
 
 @contextmanager

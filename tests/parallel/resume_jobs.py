@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from disttrain.checkpoint.local import LocalStorage
 from disttrain.checkpoint.manager import CheckpointManager
 from disttrain.config.parallel import ParallelConfig
 from disttrain.engines import NativeEngine
@@ -68,7 +69,7 @@ def _step(engine: NativeEngine, rank: int, world: int, step: int) -> float:
 
 
 def _manager(directory: Path) -> CheckpointManager:
-    return CheckpointManager(directory, keep_last=1, run_id="run")
+    return CheckpointManager(LocalStorage(directory), keep_last=1, run_id="run")
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -13,16 +14,27 @@ class JsonlSink:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         _truncate(path, resumed_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._waiting = b""
 
     def log(self, record: dict[str, float]) -> None:
         # NaN is no JSON: a number that is not finite is written as its name.
         plain = {key: value if math.isfinite(value) else str(value) for key, value in record.items()}
-        self._file.write(json.dumps(plain) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(plain).encode() + b"\n"
+        # A full disk must not end a run: what it does not take now, it may take with the next record.
+        with suppress(OSError):
+            self._write()
 
     def close(self) -> None:
-        self._file.close()
+        """Write what a full disk refused so far. OSError when it still does."""
+        try:
+            self._write()
+        finally:
+            os.close(self._descriptor)
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
 
 
 def _truncate(path: Path, last_step: int) -> None:
