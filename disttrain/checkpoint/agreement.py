@@ -44,8 +44,8 @@ def raise_together(problems: Sequence[str]) -> None:
 def on_rank_zero(function: Callable[[], T]) -> T:
     """Run `function` on rank 0 and return its JSON value everywhere; what it raises is raised everywhere.
 
-    UserError and StorageError stay what they are; any other exception keeps its type on rank 0 and is a RuntimeError
-    elsewhere.
+    UserError and StorageError stay what they are, OSError becomes a StorageError; any other exception keeps its type on
+    rank 0 and is a RuntimeError elsewhere.
     """
     outcome: dict[str, Any] = {}
     failure: Exception | None = None
@@ -54,6 +54,9 @@ def on_rank_zero(function: Callable[[], T]) -> T:
             outcome["value"] = function()
         except UserError as error:
             outcome["problems"], outcome["storage"] = error.problems, isinstance(error, StorageError)
+        except OSError as error:
+            place, why = error.filename or "checkpoint", error.strerror or error
+            outcome["problems"], outcome["storage"] = [f"{place}: {why}; check the disk and permissions"], True
         except Exception as error:
             outcome["failure"], failure = f"rank 0: {type(error).__name__}: {error}", error
     outcome = all_gather_json(outcome)[0]

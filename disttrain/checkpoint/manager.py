@@ -211,7 +211,10 @@ class CheckpointManager(CheckpointReader):
         except BaseException:
             self.storage.abort(save.attempt)
             raise
-        return self.retention.delete_old(save.name)
+        try:
+            return self.retention.delete_old(save.name)
+        except (UserError, OSError) as error:  # the checkpoint is there all the same
+            return [f"old checkpoints stay: {error}"]
 
     def _committed(self, save: _Save) -> Saved:
         try:

@@ -107,5 +107,7 @@ def open_checkpoint(path: Path) -> tuple[CheckpointReader, CheckpointInfo]:
     reader = CheckpointReader(LocalStorage(path / "checkpoints"))
     found = reader.latest()
     if found is None:
-        raise UserError(f"{path / 'checkpoints'}: no checkpoint here; name a run folder or one of its checkpoints")
+        raise UserError(
+            f"{path / 'checkpoints'}: no checkpoint that verifies; name a run folder that has saved one, or a step in it"
+        )
     return reader, found

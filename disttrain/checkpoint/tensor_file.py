@@ -17,19 +17,11 @@ from torch import Tensor
 
 from disttrain.checkpoint.byte_stream import ByteStream
 from disttrain.checkpoint.manifest import FileEntry
+from disttrain.checkpoint.placement import STORED_DTYPES
 from disttrain.errors import StorageError
 
-SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+SAFETENSORS_NAMES: dict[torch.dtype, str] = {
+    getattr(torch, name): stored for name, (stored, _) in STORED_DTYPES.items()
 }
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_NAMES}
 
