@@ -120,7 +120,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         text(name)
     canonical = _canonical(_as_json(manifest))
     with (directory / MANIFEST_NAME).open("x", encoding="utf-8") as file:
-        file.write(f'{canonical[:-1]},"sha256":"{_sha256(canonical)}"}}\n')
+        file.write(sealed(canonical))
         file.flush()
         os.fsync(file.fileno())
     fsync_directory(directory)
@@ -155,8 +155,9 @@ def _read(path: Path) -> dict[str, Any]:
     """The content of a manifest, checked as it was written and then brought to the present format."""
     if (size := plain_size(path)) > MANIFEST_LIMIT_BYTES:
         raise _RefusedError(f"{size:,} bytes, a manifest has at most {MANIFEST_LIMIT_BYTES:,}; use another checkpoint")
+    raw = path.read_bytes()
     try:
-        content = strict_json(path.read_bytes())
+        content = strict_json(raw)
     except ValueError as error:
         raise _RefusedError(f"not valid JSON ({error}); use another checkpoint") from None
     version = content.get("format_version") if isinstance(content, dict) else None
@@ -165,8 +166,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise _RefusedError(f"{found}; use another checkpoint")
     if version > FORMAT_VERSION:
         raise _RefusedError(f"{found}: written by a newer disttrain; upgrade disttrain")
-    if content.pop("sha256", None) != _sha256(_canonical(content)):
+    # The bytes as they are: what parses to the same values may still have been changed.
+    if raw != sealed(raw[: raw.rfind(b',"sha256"')].decode() + "}").encode():
         raise _RefusedError("sha256 does not match: the manifest was changed after writing; use another checkpoint")
+    del content["sha256"]
     for older in range(version, FORMAT_VERSION):
         content = _MIGRATIONS[older](content)
     return content
@@ -194,8 +197,9 @@ def _canonical(content: dict[str, Any]) -> str:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _sha256(canonical: str) -> str:
-    return hashlib.sha256(canonical.encode()).hexdigest()
+def sealed(canonical: str) -> str:
+    """The text of a file that holds the JSON object `canonical` and, as its last key, the sha256 of that text."""
+    return f'{canonical[:-1]},"sha256":"{hashlib.sha256(canonical.encode()).hexdigest()}"}}\n'
 
 
 def _parse(content: dict[str, Any]) -> Manifest:

@@ -107,7 +107,6 @@ def open_checkpoint(path: Path) -> tuple[CheckpointReader, CheckpointInfo]:
     reader = CheckpointReader(LocalStorage(path / "checkpoints"))
     found = reader.latest()
     if found is None:
-        raise UserError(
-            f"{path / 'checkpoints'}: no checkpoint that verifies; name a run folder that has saved one, or a step in it"
-        )
+        remedy = "name a run folder that has saved one, or a step in it"
+        raise UserError(f"{path / 'checkpoints'}: no checkpoint that verifies; {remedy}")
     return reader, found

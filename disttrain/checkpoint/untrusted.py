@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import re
 import stat
 from collections import Counter
@@ -40,7 +41,9 @@ def strict_json(content: bytes) -> Any:
     Raises ValueError.
     """
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
+        return json.loads(
+            content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite
+        )
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -51,6 +54,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"key {shortened(twice)} appears twice")
     return table
+
+
+def _finite(number: str) -> float:
+    if math.isinf(value := float(number)):
+        raise ValueError(f"{shortened(number)} is beyond the largest number")
+    return value
 
 
 def _refuse(constant: str) -> Any:
