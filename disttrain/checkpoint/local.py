@@ -14,12 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from disttrain.checkpoint.manifest import (
+    MANIFEST_NAME,
     FileEntry,
     Manifest,
     committed_steps,
     fsync_directory,
     read_manifest,
-    write_manifest,
+    to_bytes,
+    write_bytes,
 )
 from disttrain.checkpoint.tensor_file import Box, disk_problem, read_region, write_safetensors
 from disttrain.checkpoint.verification import missing_bytes, verify_file
@@ -53,8 +55,9 @@ class LocalStorage:
     def commit(self, attempt: str, name: str, manifest: Manifest) -> None:
         temporary, target = self.directory / attempt, self.directory / name
         replaced = self.directory / f"{attempt}-replaced"
-        with _in_words(temporary):
-            write_manifest(temporary, manifest)
+        content = to_bytes(manifest)
+        with _in_words(temporary / MANIFEST_NAME, len(content)):
+            write_bytes(temporary, content)
             if target.exists():  # damaged, or it would have been kept
                 target.rename(replaced)
             temporary.rename(target)
@@ -104,9 +107,9 @@ class LocalTensorFile:
 
 
 @contextmanager
-def _in_words(path: Path) -> Iterator[None]:
+def _in_words(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
     """Turn what the operating system refuses into one line about `path`."""
     try:
         yield
     except OSError as error:
-        raise StorageError(disk_problem(Path(os.fspath(error.filename or path)), error)) from error
+        raise StorageError(disk_problem(Path(os.fspath(error.filename or path)), error, needed_bytes)) from error

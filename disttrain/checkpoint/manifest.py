@@ -112,15 +112,21 @@ def fsync_directory(directory: Path) -> None:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, with its own sha256, into `directory` and fsync both.
+    """Write `manifest.json`, with its own sha256, into `directory` and fsync both; raises what `to_bytes` raises."""
+    write_bytes(directory, to_bytes(manifest))
 
-    Raises TypeError or ValueError when `config`, `data`, `extra` or a name could not be read back.
-    """
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """The content of `manifest.json`. TypeError or ValueError when a value or a name could not be read back."""
     for name in (manifest.run_id, manifest.strategy, *manifest.tensors):
         text(name)
-    canonical = _canonical(_as_json(manifest))
-    with (directory / MANIFEST_NAME).open("x", encoding="utf-8") as file:
-        file.write(sealed(canonical))
+    return sealed(_canonical(_as_json(manifest))).encode()
+
+
+def write_bytes(directory: Path, content: bytes) -> None:
+    """Write what `to_bytes` gave and fsync it and `directory`. OSError when the disk refuses."""
+    with (directory / MANIFEST_NAME).open("xb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     fsync_directory(directory)

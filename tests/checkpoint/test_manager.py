@@ -133,7 +133,7 @@ toys.save(Path(sys.argv[1]), small_state(2), 2)
 """
 
 
-@pytest.mark.parametrize("moment", ["local:write_manifest", "Path:rename"])
+@pytest.mark.parametrize("moment", ["local:write_bytes", "Path:rename"])
 def test_kill_before_the_rename_leaves_the_older_checkpoint(tmp_path, moment):
     toys.save(tmp_path, small_state(1), 1)
     root = Path(__file__).parents[2]
@@ -152,7 +152,7 @@ def test_a_failed_commit_leaves_no_trace(tmp_path):
     toys.save(tmp_path, small_state(1), 1)
     full_disk = OSError(errno.ENOSPC, "No space left on device", "manifest.json")
     with (
-        patch.object(local, "write_manifest", side_effect=full_disk),
+        patch.object(local, "write_bytes", side_effect=full_disk),
         pytest.raises(UserError, match="No space left on device"),
     ):
         toys.save(tmp_path, small_state(2), 2)

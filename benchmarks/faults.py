@@ -1,0 +1,110 @@
+"""What checkpoints survive: `python benchmarks/faults.py checkpoints [--quick]`, minutes on two cores.
+
+Two checkpoints of one run lie in a folder, written by several ranks. Each trial harms the newer one, or ends the ranks
+that save it, or lets the disk run full; then a fresh reader loads. Expected of
+
+- damage and hostile files: the newer one is named with the reason, and the older one's very bits are loaded;
+- kill -9: the last checkpoint that a rank was told of, or a newer one, whole, from one step; every directory that looks
+  like a checkpoint verifies, and the next save clears the rest. `save cut short` counts the trials that hit a save;
+- a full disk: one line with place, needed and free bytes, the same on every rank, and the older one loads; a save that
+  fits succeeds.
+
+Writes results/checkpoint_faults.json and .md, with --quick only where --json says. Exits 1 when a trial fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoint_crashes import full_disks, kills
+from checkpoint_faults import (
+    JOBS,
+    Damage,
+    Row,
+    bit_flips,
+    hostile_files,
+    missing_files,
+    swapped_files,
+    truncations,
+    zeroed_pages,
+)
+from checkpoint_speed import measure, speed_lines
+
+from disttrain.testing import RankPool
+from disttrain.testing.checkpoints import LARGE_ROWS, OTHER_RUN, SMALL_ROWS
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def campaign(quick: bool, seed: int) -> Iterator[Row]:
+    """Every kind of fault, a row each as soon as it is counted."""
+
+    def count(trials: int) -> int:
+        return max(4, trials // 25) if quick else trials
+
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory(prefix="faults-") as name, RankPool(4) as pool:
+        folder = Path(name)
+        # First of all: a fork wants a process in which nothing has run yet.
+        yield kills(count(100), rng)
+        small = Damage.saved(pool, folder / "small", 4, SMALL_ROWS)
+        large = Damage.saved(pool, folder / "large", 2, LARGE_ROWS)
+        pool.run(f"{JOBS}:save_pair", 4, directory=folder / "other", rows=SMALL_ROWS, run_id=OTHER_RUN)
+        yield bit_flips(small, count(1000), rng)
+        yield zeroed_pages(large, count(200), rng)
+        yield truncations(small, count(100), rng)
+        yield swapped_files(small, Damage(folder / "other", SMALL_ROWS), count(50), rng)
+        yield missing_files(small, count(50), rng)
+        yield hostile_files(small)
+        yield full_disks(pool, count(30))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    lines = [
+        f"Made by `{report['command']}` with torch {report['torch']}; `benchmarks/faults.py` says what is expected.",
+        "",
+        "| fault | trials | as expected | of them |",
+        "|---|---|---|---|",
+    ]
+    for row in report["faults"]:
+        counts = ", ".join(f"{name} {number:,}" for name, number in row["counts"].items())
+        lines.append(f"| {row['fault']} | {row['trials']:,} | {row['passed']:,} | {row['not_run'] or counts} |")
+    return "\n".join([*lines, "", *speed_lines(report["speed"])]) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What checkpoints survive, counted, and what that costs.")
+    parser.add_argument("what", choices=["checkpoints"])
+    parser.add_argument("--quick", action="store_true", help="about a twenty-fifth of the trials")
+    parser.add_argument("--json", type=Path, help="where the results go; a table lies beside it")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    # Ranks are forked, and a fork of a process that used two threads hangs in its first such operation.
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    for row in campaign(options.quick, options.seed):
+        rows.append(row)
+        print(f"{row.fault}: {row.passed:,} of {row.trials:,} {row.not_run}", flush=True)
+        for failure in row.failures:
+            print(f"  {failure}", file=sys.stderr)
+    speed = measure(megabytes=20 if options.quick else 200, rounds=2 if options.quick else 7)
+    command = f"python benchmarks/faults.py checkpoints{' --quick' * options.quick} --seed {options.seed}"
+    report = {"command": command, "torch": torch.__version__, "faults": [vars(row) for row in rows], "speed": speed}
+    path = options.json or (None if options.quick else RESULTS / "checkpoint_faults.json")
+    if path:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+    print(markdown(report))
+    return int(any(row.passed < row.trials for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
