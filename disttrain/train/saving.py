@@ -14,6 +14,8 @@ from disttrain.config.train import CheckpointConfig
 from disttrain.errors import StorageError
 from disttrain.train.output import RunOutput
 
+WORTH_TELLING_SECONDS = 0.1
+
 
 class RunCheckpoints:
     """The saves of one run, one at a time. All functions are collective but `due` and `busy`."""
@@ -56,7 +58,7 @@ class RunCheckpoints:
         began = time.perf_counter()
         earlier = self.manager.finish()
         waited = time.perf_counter() - began
-        if earlier is not None and step > earlier.step:
+        if earlier is not None and waited >= WORTH_TELLING_SECONDS:
             self.output.say(
                 f"step {step}: waited {waited:.1f} s for the checkpoint of step {earlier.step} that was still being "
                 "written; a larger checkpoint.every or a faster disk avoids that"

@@ -1,6 +1,7 @@
 """What the rank pool runs for saves beside the training."""
 
 import errno
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def run_with(
             run.look(step, dist_sum_integers(int(run.busy))[0] > 0)
             if run.due(step) or step == steps:
                 if isinstance(disk, GatedStorage) and run.manager.pending:
-                    disk.gate.set()
+                    threading.Timer(0.3, disk.gate.set).start()
                 run.save(state, last=step == steps, **toys.about(step))
             elif not isinstance(disk, GatedStorage):
                 while run.manager.pending:
