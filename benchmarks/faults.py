@@ -95,7 +95,7 @@ def main() -> int:
         print(f"{row.fault}: {row.passed:,} of {row.trials:,} {row.not_run}", flush=True)
         for failure in row.failures:
             print(f"  {failure}", file=sys.stderr)
-    speed = measure(megabytes=20 if options.quick else 200, rounds=2 if options.quick else 7)
+    speed = measure(megabytes=20 if options.quick else 200, rounds=2 if options.quick else 9)
     command = f"python benchmarks/faults.py checkpoints{' --quick' * options.quick} --seed {options.seed}"
     report = {"command": command, "torch": torch.__version__, "faults": [vars(row) for row in rows], "speed": speed}
     path = options.json or (None if options.quick else RESULTS / "checkpoint_faults.json")

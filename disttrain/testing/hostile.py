@@ -23,6 +23,8 @@ Content = dict[str, Any]
 Maker = Callable[[Path, Path], None]
 MARKER = "ran"
 BOMB_BYTES = 200 * 2**20
+ROOMY_BYTES = 2**16
+"""More than the tensors of a file need: less would be refused for that alone."""
 
 
 class Trap:
@@ -76,13 +78,13 @@ def _metadata(directory: Path, scratch: Path) -> None:
 
 
 def _pickle(directory: Path, scratch: Path) -> None:
-    _shard(directory).write_bytes(pickle.dumps([Trap(scratch / MARKER), bytes(4096)]))
+    _shard(directory).write_bytes(pickle.dumps([Trap(scratch / MARKER), bytes(ROOMY_BYTES)]))
     resign_file(_shard(directory))
 
 
 def _zip_of_pickle(directory: Path, scratch: Path) -> None:
     with zipfile.ZipFile(_shard(directory), "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps(Trap(scratch / MARKER)))
+        archive.writestr("archive/data.pkl", pickle.dumps([Trap(scratch / MARKER), bytes(ROOMY_BYTES)]))
     resign_file(_shard(directory))
 
 
