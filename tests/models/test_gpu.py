@@ -39,7 +39,6 @@ def one_step(device: torch.device, parallel: ParallelConfig) -> tuple[float, flo
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     "settings",
     [
