@@ -60,8 +60,8 @@ TOY = ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=64)
 LENGTH, ROWS, ACCUMULATION = 256, 4, 2
 CPU = torch.device("cpu")
 KINDS = ("all_gather", "reduce_scatter", "all_reduce")
-CONTROL_BYTES = 2 * 8 + 8
-"""All-reduced in every step: the token count with the wish to stop, and the squared norm."""
+COUNT_BYTES = 3 * 8
+"""All-reduced in every step: counts of tokens, of wishes to stop, of ranks still saving. And a norm per parameter."""
 M_MMAP_THRESHOLD = -3
 
 Settings = dict[str, Any]
@@ -143,7 +143,7 @@ def build_engine(world: int, settings: Settings, model: ModelConfig = MODEL) -> 
     mesh = build_mesh(dims, "cpu")
     gpt, called = build_model(model, max_length=LENGTH, mesh=mesh, parallel=parallel, seed=0, device=CPU)
     optimizer = build_optimizer(gpt, OptimConfig(), GPT_PLAN)
-    return NativeEngine(gpt, called, optimizer, clip_norm=1.0, parallel=parallel, device=CPU)
+    return NativeEngine(gpt, called, optimizer, parallel=parallel, device=CPU)
 
 
 def take_step(engine: NativeEngine, rank: int, rows: int = ROWS, length: int = LENGTH, vocabulary: int = 4096) -> None:
@@ -235,7 +235,7 @@ def formula_bytes(settings: Settings, world: int, shapes: list[tuple[int, ...]])
     gathered, reduced = _itemsize(parallel.param_dtype), _itemsize(parallel.reduce_dtype)
     padded = sum(math.ceil(rows / shards) * shards * math.prod(rest) for rows, *rest in shapes)
     sent = dict.fromkeys(KINDS, 0)
-    sent["all_reduce"] = CONTROL_BYTES
+    sent["all_reduce"] = COUNT_BYTES + 8 * len(shapes)
     if parallel.strategy == "ddp":
         sent["all_reduce"] += reduced * sum(map(math.prod, shapes))
         return sent

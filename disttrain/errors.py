@@ -24,6 +24,12 @@ class UserError(Exception):
         super().__init__("\n".join(self.problems))
 
 
+class NumericalError(UserError):
+    """Numbers that are none: the training went wrong, not the input."""
+
+    exit_code = EXIT_FAILED
+
+
 class StorageError(UserError):
     """A disk that refuses: nothing is wrong with the input, and trying again later may help."""
 

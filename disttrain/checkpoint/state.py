@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from disttrain.checkpoint.manifest import Manifest
 from disttrain.errors import UserError
+from disttrain.optim import OptimizerSet
 
 # Compilation and activation checkpointing wrap modules; names must not depend on either.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -31,19 +32,28 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def training_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def training_state(model: nn.Module, optimizer: Optimizer | OptimizerSet) -> dict[str, Tensor]:
     """`model_state` plus `optim.NAME.KEY` for every optimizer state tensor of every parameter it updates.
 
+    Where an algorithm trains at other weights than those to be used, `model.NAME` is a copy of the latter, whoever
+    reads the checkpoint, and the live parameter is `optim.NAME.training_weight`, so that a load restores its bits.
     The optimizer state must exist: before a load into a fresh optimizer the caller materialises it. Scalars such as
     `step` must be tensors, equal on all ranks. Raises UserError for a parameter without state or with other values.
     """
     state = model_state(model)
+    # Only torch's own make their state in the first step.
+    lazy = isinstance(optimizer, Optimizer)
+    averages = {} if isinstance(optimizer, Optimizer) else optimizer.averages()
+    states = optimizer.state
     updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     problems: list[str] = []
     for raw_name, parameter in _unwrapped(model).named_parameters():
         name = _plain_name(raw_name)
-        values = optimizer.state.get(parameter, {})
-        if id(parameter) in updated and not values:
+        values = states.get(parameter, {})
+        if parameter in averages:
+            state[f"model.{name}"] = averages[parameter]
+            state[f"optim.{name}.training_weight"] = parameter
+        if lazy and id(parameter) in updated and not values:
             problems.append(f"optim.{name}: no optimizer state yet; take or simulate one optimizer step first")
         for key, value in values.items():
             if isinstance(value, Tensor):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import BaseModel
 
 from disttrain.config.load import flat_items, load_config
 
@@ -32,5 +33,11 @@ def config_command(
 
 
 def _toml(value: object) -> str:
-    """JSON spells strings, numbers, booleans and lists as TOML does."""
+    """JSON spells strings, numbers and booleans as TOML does."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items() if item is not None) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value)

@@ -27,23 +27,31 @@ def verify_command(
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: must be cpu, cuda or auto")
     from disttrain.distributed.process_group import select_device
+    from disttrain.testing.optimizer_parity import WORLDS as OPTIMIZER_WORLDS
+    from disttrain.testing.optimizer_parity import optimizer_table
     from disttrain.testing.parity import WORLDS, parity_table
     from disttrain.testing.pool import RankPool
 
     worlds = tuple(world for world in WORLDS if world <= nproc)
-    rows: list[ParityRow] = []
+    layouts: list[ParityRow] = []
+    optimizers: list[ParityRow] = []
     progress = Console(stderr=True)
     backend: Literal["cpu", "cuda"] = "cuda" if select_device(device, max(worlds) - 1).type == "cuda" else "cpu"
     with RankPool(max_world=max(worlds), device=backend) as pool:
-        for row in parity_table(pool, worlds):
-            rows.append(row)
-            if progress.is_terminal:
-                progress.print(f"{len(rows)} cells", end="\r")
+        small = tuple(world for world in OPTIMIZER_WORLDS if world <= nproc)
+        for kept, table in ((layouts, parity_table(pool, worlds)), (optimizers, optimizer_table(pool, small))):
+            for row in table:
+                kept.append(row)
+                if progress.is_terminal:
+                    progress.print(f"{len(layouts) + len(optimizers)} cells", end="\r")
+    rows = layouts + optimizers
     if as_json:
         print(json.dumps({"rows": [row.contract() for row in rows]}, indent=1))
     else:
         console = Console(soft_wrap=True)
-        console.print(_table(rows))
+        console.print(_table(layouts))
+        if optimizers:
+            console.print(_optimizer_table(optimizers))
         for row in rows:
             if not row.passed:
                 console.print(f"failed: {row.strategy}, world {row.world}, {row.case}: {row.max_relative_error:.1e}")
@@ -61,4 +69,22 @@ def _table(rows: list[ParityRow]) -> Table:
         errors = [max(row.max_relative_error for row in layout if row.quantity == name) for name in limits]
         verdict = "[green]passed[/green]" if all(row.passed for row in layout) else "[bold red]FAILED[/bold red]"
         table.add_row(strategy, str(world), str(len(layout)), *(f"{e:.1e}" for e in errors), verdict)
+    return table
+
+
+def _optimizer_table(rows: list[ParityRow]) -> Table:
+    """One line per algorithm or clipping and world, with the worst of its cells over strategies."""
+    table = Table(title=f"optimizers and clipping: {sum(row.passed for row in rows)} of {len(rows)} cells passed")
+    kinds = {row.case.rsplit(", ", 1)[1]: row.tolerance for row in rows}
+    for column in ("", "world", *(f"{kind} (at most {tolerance:.0e})" for kind, tolerance in kinds.items()), ""):
+        table.add_column(column)
+    for name in dict.fromkeys(row.case.rsplit(", ", 1)[0] for row in rows):
+        for world in dict.fromkeys(row.world for row in rows):
+            cells = [row for row in rows if row.world == world and row.case.startswith(f"{name}, ")]
+            errors = {kind: [row.max_relative_error for row in cells if row.case.endswith(kind)] for kind in kinds}
+            shown = [f"{max(found):.1e}" if found else "" for found in errors.values()]
+            passed = all(row.passed for row in cells)
+            table.add_row(
+                name, str(world), *shown, "[green]passed[/green]" if passed else "[bold red]FAILED[/bold red]"
+            )
     return table

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from disttrain.config.groups import ALGORITHMS
 from disttrain.config.run import RunConfig
 from disttrain.config.sources import Values, read_values
 from disttrain.errors import UserError
@@ -122,24 +123,47 @@ def _without_sections(table: dict[str, Any], broken: frozenset[str]) -> RunConfi
 
 def _in_words(detail: Any, values: Values) -> str:
     """One line for one of pydantic's errors."""
-    key = ".".join(str(part) for part in detail["loc"])
+    key = ".".join(_as_written(detail["loc"], values.table))
     # A key in a list or union carries an index behind the name that the user wrote.
     place = next((values.origins[k] for k in _with_parents(key) if k in values.origins), None)
-    place = place or _place_of_first_key(detail["msg"], (f"{key}.",), values)
+    place = place or _place_of_first_key(detail["msg"], (f"{key}." if key else "",), values)
     place = place or next((origin for k, origin in values.origins.items() if k.startswith(f"{key}.")), None)
-    where = f"{place}: {key}" if place else key
+    where = ": ".join(filter(None, (place, key)))
     if detail["type"] == "extra_forbidden":
-        nearest = _nearest_key(key)
+        nearest = _nearest_in_group(detail["loc"]) or _nearest_key(key)
         return f"{where}: unknown key" + (f"; nearest valid key: {nearest}" if nearest else "")
     if detail["type"] == "missing":
         return f"{where}: missing; set it in the file or as an override"
+    if detail["type"] == "union_tag_invalid":
+        said = detail["ctx"]["tag"]
+        near = difflib.get_close_matches(said, [*ALGORITHMS], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        known = ", ".join(ALGORITHMS)
+        return f"{where}: algorithm {said!r} is not known{hint} ({known}, or a class by its dotted name)"
     if detail["type"] in ("model_type", "model_attributes_type"):
         return f"{where}: a section, written as a [{key}] table (got {detail['input']!r})"
-    message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = (
+        detail["msg"]
+        .removeprefix("Value error, ")
+        .replace("Input should be", "must be")
+        .replace("should have", "must have")
+    )
     got = "" if isinstance(detail["input"], dict) else f" (got {detail['input']!r})"
     if detail["type"] == "string_type":
         got += "; put it in quotes"
-    return f"{where}: {message}{got}"
+    return f"{where}: {message}{got}".removeprefix(": ")
+
+
+def _as_written(location: tuple[int | str, ...], table: Any) -> list[str]:
+    """The way to a value without the kinds that pydantic puts between (`groups.0.lion.lr`)."""
+    parts: list[str] = []
+    for place, part in enumerate(location):
+        if isinstance(table, dict) and part not in table and place + 1 < len(location):
+            continue
+        parts.append(str(part))
+        known = (isinstance(table, dict) and part in table) or (isinstance(table, list) and isinstance(part, int))
+        table = table[part] if known else None
+    return parts
 
 
 def _place_of_first_key(message: str, prefixes: tuple[str, ...], values: Values) -> str | None:
@@ -151,6 +175,15 @@ def _place_of_first_key(message: str, prefixes: tuple[str, ...], values: Values)
 def _with_parents(key: str) -> list[str]:
     parts = key.split(".")
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+
+
+def _nearest_in_group(location: tuple[int | str, ...]) -> str | None:
+    """What a group with this algorithm takes, where the unknown key is one of a group."""
+    algorithm = next((ALGORITHMS[part] for part in location[:-1] if part in ALGORITHMS), None)
+    if algorithm is None or location[-2] not in ALGORITHMS:
+        return None
+    near = difflib.get_close_matches(str(location[-1]), algorithm.model_fields, n=1)
+    return near[0] if near else f"one of {', '.join(algorithm.model_fields)}"
 
 
 def _nearest_key(key: str) -> str | None:

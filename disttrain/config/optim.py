@@ -2,33 +2,99 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from disttrain.config.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from disttrain.config.groups import ALGORITHMS, Beta, ClipNorm, Group, GroupConfig, NoClip, StateDtype
 from disttrain.schedule import Shape
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Preset = Literal[
+    "sgd",
+    "momentum",
+    "nesterov",
+    "rmsprop",
+    "adam",
+    "adamw",
+    "lion",
+    "ademamix",
+    "adafactor",
+    "schedule_free_adamw",
+]
+SHARED = ("lr", "weight_decay", "betas", "eps", "state_dtype")
+_NOT_DECAYED = ("role:embeddings", "role:norms", "role:biases")
+
+
+def _two_or_three(betas: tuple[float, ...]) -> tuple[float, ...]:
+    if len(betas) not in (2, 3):
+        raise ValueError(f"must be two numbers, or three where the algorithm has as many; not {len(betas)}")
+    return betas
 
 
 class OptimConfig(Section):
-    """AdamW in two groups: matrices are decayed; embeddings, norms and biases are not."""
+    """Ordered groups of parameters, each with its algorithm, rate and clipping.
 
-    lr: PositiveFloat = 3e-4
-    """Peak learning rate; the schedule multiplies it."""
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
+    Without `groups`, the preset's two: embeddings, norms and biases are not decayed, the rest is.
+    """
+
+    preset: Preset = "adamw"
+    """One algorithm for everything; without effect where `groups` are given."""
+    lr: PositiveFloat | None = None
+    """Peak learning rate; the schedule multiplies it. This and the next four hold for groups that do not say their own;
+    where nothing is said, the algorithm's default holds."""
+    weight_decay: NonNegativeFloat | None = None
+    betas: Annotated[tuple[Beta, ...], Field(strict=False), AfterValidator(_two_or_three)] | None = None
+    eps: PositiveFloat | None = None
+    state_dtype: StateDtype | None = None
     clip_norm: NonNegativeFloat = 1.0
-    """Largest global gradient norm; longer gradients are scaled down to it. 0 switches clipping off."""
+    """Largest norm of all gradients together; longer gradients are scaled down to it. 0 switches clipping off. Groups
+    with a `clip` of their own are clipped by that instead."""
+    groups: Annotated[tuple[GroupConfig, ...], Field(strict=False)] = ()
+    """First match wins; every rule must match, and every parameter must be matched."""
+
+    @property
+    def resolved_groups(self) -> tuple[Group, ...]:
+        """The groups with everything filled in: their own settings, else the shared ones, else the defaults."""
+        clip = ClipNorm(limit=self.clip_norm, over="all") if self.clip_norm else NoClip()
+        groups = self.groups or _preset_groups(self.preset)
+        return tuple(group.model_copy(update={"clip": group.clip or clip}) for group in map(self._with_shared, groups))
+
+    def _with_shared(self, group: Group) -> Group:
+        own, fields = group.model_fields_set, type(group).model_fields
+        shared = {key: getattr(self, key) for key in SHARED if key in fields and key not in own}
+        said = {key: value for key, value in shared.items() if value is not None}
+        if "betas" in said and len(said["betas"]) != (takes := len(fields["betas"].default)):
+            raise ValueError(f"betas: {group.algorithm} takes {takes}, not {len(said['betas'])}")
+        return type(group).model_validate({**{key: getattr(group, key) for key in own}, **said})
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimConfig:
+        names = [group.name for group in self.groups]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"groups: the name {', '.join(sorted(twice))} is given twice; metrics go by these names")
+        groups = self.resolved_groups
+        for key in SHARED:
+            if getattr(self, key) is not None and not any(key in type(group).model_fields for group in groups):
+                algorithms = ", ".join(sorted({group.algorithm for group in groups}))
+                raise ValueError(f"{key}: {algorithms} has no such setting; leave it out")
+        return self
 
 
 class ScheduleConfig(Section):
     """Linear warm-up, then `shape` down to `final_ratio` of the peak."""
 
-    shape: Shape = "cosine"
+    shape: Shape | None = None
+    """Default: cosine; constant for schedule-free algorithms, whose averaging takes the place of a decay."""
     warmup_steps: NonNegativeInt = 100
     final_ratio: Fraction = 0.1
     horizon_steps: PositiveInt | None = None
     """Where the decay ends. Default: the end of the run. Set it when a run will be continued beyond its end."""
+
+
+def _preset_groups(preset: str) -> tuple[Group, ...]:
+    section = ALGORITHMS[preset]
+    return (
+        section.model_validate({"name": "no_decay", "match": _NOT_DECAYED, "algorithm": preset, "weight_decay": 0.0}),
+        section.model_validate({"name": "decay", "match": (".*",), "algorithm": preset}),
+    )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from disttrain.config.base import Section
 from disttrain.config.data import DataConfig
+from disttrain.config.groups import ScheduleFreeAdamW
 from disttrain.config.layout import BatchPlan, ParallelDims
 from disttrain.config.model import ModelConfig
 from disttrain.config.optim import OptimConfig, ScheduleConfig
@@ -20,6 +21,7 @@ from disttrain.config.train import (
     RunSection,
     TrainConfig,
 )
+from disttrain.schedule import Shape
 
 
 class RunConfig(Section):
@@ -35,6 +37,21 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
+
+    @property
+    def schedule_shape(self) -> Shape:
+        """The shape that was asked for, else the one that suits the algorithms."""
+        return self.schedule.shape or ("constant" if _schedule_free(self.optim) else "cosine")
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> RunConfig:
+        shape = self.schedule.shape
+        if shape not in (None, "constant") and (names := _schedule_free(self.optim)):
+            raise ValueError(
+                f"schedule.shape = {shape!r}: {', '.join(names)} averages in place of a decay; leave the shape out, or "
+                f"set it to 'constant'"
+            )
+        return self
 
     @property
     def run_dir(self) -> Path:
@@ -53,3 +70,8 @@ class RunConfig(Section):
     def with_vocab_size(self, vocab_size: int) -> RunConfig:
         """A copy whose model knows its vocabulary."""
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
+
+
+def _schedule_free(optim: OptimConfig) -> list[str]:
+    """The groups that need no decay of the rate."""
+    return [f"group {group.name}" for group in optim.resolved_groups if isinstance(group, ScheduleFreeAdamW)]

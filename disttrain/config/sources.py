@@ -13,6 +13,7 @@ from typing import Any
 from disttrain.errors import UserError
 
 _SECTION = re.compile(r"^\s*\[\s*([A-Za-z0-9_.\-]+)\s*\]")
+_ENTRY = re.compile(r"^\s*\[\[\s*([A-Za-z0-9_.\-]+)\s*\]\]")
 _KEY = re.compile(r"^\s*([A-Za-z0-9_.\-]+)\s*=")
 
 
@@ -44,6 +45,9 @@ def read_values(path: Path, overrides: list[str]) -> Values:
         lines = _key_lines(file)
         for key, value in _leaves(table):
             values.set(key, value, f"{file}:{lines[key]}" if key in lines else str(file))
+            # A list of tables is one value; its entries' keys are known by their index.
+            within = {k: f"{file}:{line}" for k, line in lines.items() if k.startswith(f"{key}.")}
+            values.origins = {k: v for k, v in values.origins.items() if not k.startswith(f"{key}.")} | within
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(part.strip() for part in key.split(".")):
@@ -105,9 +109,15 @@ def _leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _key_lines(file: Path) -> dict[str, int]:
     """Line numbers of the keys as people write them (tomllib keeps none); dotted and table forms, no inline tables."""
-    section, lines = "", {}
+    section, lines, entries = "", dict[str, int](), dict[str, int]()
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if header := _SECTION.match(line):
+        if entry := _ENTRY.match(line):
+            name = entry.group(1)
+            lines.setdefault(name, number)
+            section = f"{name}.{entries.get(name, 0)}."
+            entries[name] = entries.get(name, 0) + 1
+            lines[section.rstrip(".")] = number
+        elif header := _SECTION.match(line):
             section = header.group(1) + "."
         elif key := _KEY.match(line):
             lines[section + key.group(1)] = number

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from disttrain.checkpoint.state import training_state
 from disttrain.config.parallel import ParallelConfig
 from disttrain.engines.protocol import UpdateResult
-from disttrain.optim import LossScale, clip_scale, dist_grad_norm, scale_gradients, set_learning_rate
+from disttrain.optim import LossScale, OptimizerSet, dist_clip_gradients, set_learning_rate
 from disttrain.parallel import SyncRules, parameters_will_change, set_gradient_sync
 
 
 class NativeEngine:
-    """`model` is what `parallelize` made of `module`; `clip_norm` 0 leaves the gradients as long as they are."""
+    """`model` is what `parallelize` made of `module`; `optimizer` owns the parameters of `module`."""
 
     def __init__(
         self,
         module: nn.Module,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: OptimizerSet,
         *,
-        clip_norm: float,
         parallel: ParallelConfig,
         device: torch.device,
     ) -> None:
         self.module = module
         self.model = model
         self.optimizer = optimizer
-        self.clip_norm = clip_norm
         self.rules = SyncRules.of(parallel)
         self.loss_scale = LossScale(parallel.param_dtype == "fp16", device)
 
@@ -40,25 +41,28 @@ class NativeEngine:
         (loss * self.loss_scale.scale).backward()
 
     def finish_step(self, lr_factor: float) -> UpdateResult:
-        parameters = list(self.module.parameters())
-        unscale = 1.0 / self.loss_scale.scale
-        grad_norm = dist_grad_norm(parameters) * unscale
-        overflow = self.loss_scale.overflow(grad_norm)
-        if self.clip_norm:
-            unscale = unscale * clip_scale(grad_norm, self.clip_norm)
-        if self.clip_norm or self.loss_scale.enabled:
-            scale_gradients(parameters, unscale)
+        norms = dist_clip_gradients(self.optimizer.param_groups, 1.0 / self.loss_scale.scale)
+        skipped = (~torch.isfinite(norms.total)).float()
         set_learning_rate(self.optimizer, lr_factor)
-        # Fused optimizers leave parameters, moments and step counts alone where this is 1, without a wait.
-        self.optimizer.found_inf = overflow if self.loss_scale.enabled else None  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loss_scale.update(overflow)
-        return UpdateResult(grad_norm, overflow, self.loss_scale.scale)
+        self.optimizer.step(skip=skipped)
+        self.optimizer.zero_grad()
+        self.loss_scale.update(skipped)
+        return UpdateResult(norms, skipped, self.loss_scale.scale)
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        parameters_will_change(self.model)
+        with self.optimizer.evaluation_weights():
+            yield
+            parameters_will_change(self.model)
 
     def state(self) -> dict[str, Tensor]:
         parameters_will_change(self.model)
         return {**training_state(self.module, self.optimizer), **self.loss_scale.state()}
 
     def loaded(self) -> None:
+        self.optimizer.loaded()
         self.loss_scale.loaded()
+
+    def weights_changed(self) -> None:
+        self.optimizer.weights_changed()

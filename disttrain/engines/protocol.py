@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from disttrain.optim import GradientNorms
+
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """Device scalars of one update, equal on all ranks."""
+    """Device tensors of one update, equal on all ranks."""
 
-    grad_norm: Tensor
-    """Of all gradients together, before clipping, without the loss scale."""
+    norms: GradientNorms
+    """Before clipping, without the loss scale; and how much was clipped."""
     skipped: Tensor
-    """1 when the update was left out because a gradient was not finite under fp16, else 0."""
+    """1 when the update was left out because a gradient was not finite, else 0."""
     loss_scale: Tensor
     """What the next step's loss is multiplied by before the backward; 1 without fp16."""
+
+    @property
+    def grad_norm(self) -> Tensor:
+        return self.norms.total
 
 
 class Engine(Protocol):
@@ -30,7 +37,11 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None: ...
 
     def finish_step(self, lr_factor: float) -> UpdateResult:
-        """Clip, update, and drop the gradients."""
+        """Clip, update, and drop the gradients; with a gradient that is not finite nothing is updated."""
+        ...
+
+    def evaluation_weights(self) -> AbstractContextManager[None]:
+        """The model as it is to be used, where an algorithm trains at other weights; no training inside."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -39,4 +50,8 @@ class Engine(Protocol):
 
     def loaded(self) -> None:
         """Call after a load has written into `state()`."""
+        ...
+
+    def weights_changed(self) -> None:
+        """Call after other weights were written into the model, with nothing for the optimizer."""
         ...

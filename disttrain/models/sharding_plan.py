@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -15,8 +15,8 @@ class ShardingPlan:
 
     fsdp_units: tuple[str, ...]
     """Modules that are gathered and freed as one, in forward order; what is left over belongs to the root unit."""
-    no_decay: tuple[str, ...]
-    """Parameters that weight decay leaves alone."""
+    roles: Mapping[str, str]
+    """What parameters are, as regular expressions looked for in their names; groups name them as `role:NAME`."""
     residual_outputs: tuple[str, ...]
     """Weights that write into the residual stream."""
 
@@ -32,6 +32,12 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 GPT_PLAN = ShardingPlan(
     fsdp_units=("blocks.*",),
-    no_decay=("wte.*", "wpe.*", "*norm.*", "*.bias"),
+    roles={
+        "embeddings": r"^(wte|wpe)\.",
+        "head": r"^head\.",
+        "norms": r"norm\.",
+        "biases": r"\.bias$",
+        "matrices": r"^blocks\..*(wq|wk|wv|wo|up|down|gate)\.weight$",
+    },
     residual_outputs=("*.attention.wo.weight", "*.mlp.down.weight"),
 )

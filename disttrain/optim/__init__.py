@@ -1,7 +1,15 @@
 """Optimizers, parameter groups and clipping on sharded parameters."""
 
 from disttrain.optim.build import build_optimizer, set_learning_rate
-from disttrain.optim.clip import clip_scale, dist_grad_norm, scale_gradients
+from disttrain.optim.clip import GradientNorms, dist_clip_gradients
 from disttrain.optim.loss_scale import LossScale
+from disttrain.optim.optimizer_set import OptimizerSet
 
-__all__ = ["LossScale", "build_optimizer", "clip_scale", "dist_grad_norm", "scale_gradients", "set_learning_rate"]
+__all__ = [
+    "GradientNorms",
+    "LossScale",
+    "OptimizerSet",
+    "build_optimizer",
+    "dist_clip_gradients",
+    "set_learning_rate",
+]

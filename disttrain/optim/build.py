@@ -1,36 +1,96 @@
-"""Optimizers from config: torch's fused AdamW is right and fast on shards, so it is wrapped, not rewritten."""
+"""Optimizers from config. torch's own are right and fast on shards, so sgd to adamw are wrapped, not rewritten."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from disttrain.config import OptimConfig
+from disttrain.config.groups import Custom, Group
 from disttrain.models import ShardingPlan
-from disttrain.optim.param_groups import decay_groups
+from disttrain.optim.adafactor import Adafactor
+from disttrain.optim.adapter import AdaptedOptimizer, self_test
+from disttrain.optim.elementwise import AdEMAMix, Lion, ScheduleFreeAdamW
+from disttrain.optim.optimizer_set import OptimizerSet
+from disttrain.optim.param_groups import assign_groups
+from disttrain.optim.state_precision import LowPrecisionStates
+
+Groups = list[dict[str, Any]]
+_HYPERPARAMETERS = ("lr", "weight_decay", "betas", "eps", "alpha", "momentum")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, plan: ShardingPlan) -> torch.optim.AdamW:
-    """AdamW over the parameters of `model` (not wrapped in DDP), with all its state from the start."""
-    groups = decay_groups(model.named_parameters(), plan.no_decay, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = config.lr
-        for parameter in group["params"]:
-            optimizer.state[parameter] = _initial_state(parameter)
-    return optimizer
+def build_optimizer(model: nn.Module, config: OptimConfig, plan: ShardingPlan, *, seed: int = 0) -> OptimizerSet:
+    """The optimizers over the parameters of `model` (not wrapped in DDP), with all their state from the start.
+
+    `seed` is that of stochastic rounding. Raises UserError for rules that do not fit the model and for classes that do
+    not work on shards, on every rank alike.
+    """
+    assigned = assign_groups(model.named_parameters(), config.resolved_groups, plan.roles, not config.groups)
+    names = {parameter: name for _, members in assigned for name, parameter in members.items()}
+    kinds: dict[str, Groups] = {}
+    for group, members in assigned:
+        # One optimizer for all groups that agree in what is not a group's own hyperparameter.
+        kind = repr((group.algorithm, getattr(group, "state_dtype", None), getattr(group, "arguments", None)))
+        kinds.setdefault(kind, []).append(_torch_group(group, list(members.values())))
+    return OptimizerSet([_build(groups, names, seed) for groups in kinds.values()], names)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_learning_rate(optimizer: OptimizerSet, factor: float) -> None:
     """Each group's rate is its initial one times `factor`: computed from the position, never carried over."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
-def _initial_state(parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-    """What AdamW makes lazily in its first step; a resumed run needs it before, equal on every rank."""
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+def _torch_group(group: Group, parameters: list[nn.Parameter]) -> dict[str, Any]:
+    settings = {key: getattr(group, key) for key in _HYPERPARAMETERS if hasattr(group, key)}
+    return {"name": group.name, "params": parameters, "initial_lr": group.lr, "config": group, **settings}
+
+
+def _build(groups: Groups, names: Mapping[nn.Parameter, str], seed: int) -> Any:
+    config: Group = groups[0]["config"]
+    if isinstance(config, Custom):
+        self_test(config)
+        return AdaptedOptimizer(groups)
+    build, moments = _ALGORITHMS[config.algorithm]
+    optimizer = build(groups)
+    if isinstance(optimizer, torch.optim.SGD | torch.optim.RMSprop | torch.optim.Adam):
+        for parameter in (p for group in groups for p in group["params"]):
+            optimizer.state[parameter] = _initial_state(parameter, moments, counted=config.algorithm in _COUNTED)
+    dtype: Any = getattr(config, "state_dtype", "parameter")
+    return optimizer if dtype == "parameter" else LowPrecisionStates(optimizer, names, moments, dtype, seed)
+
+
+def _initial_state(parameter: nn.Parameter, moments: tuple[str, ...], counted: bool) -> dict[str, Tensor]:
+    """What torch makes lazily in its first step; a resumed run needs it before, equal on every rank."""
+    step = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)} if counted else {}
+    return step | {
+        key: torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False) for key in moments
     }
+
+
+def _sgd(groups: Groups) -> torch.optim.Optimizer:
+    # The fused one does not know DTensors.
+    return torch.optim.SGD(groups, foreach=True)
+
+
+def _nesterov(groups: Groups) -> torch.optim.Optimizer:
+    return torch.optim.SGD([group | {"nesterov": True} for group in groups], foreach=True)
+
+
+_COUNTED = ("rmsprop", "adam", "adamw")
+_ALGORITHMS: dict[str, tuple[Callable[[Groups], torch.optim.Optimizer], tuple[str, ...]]] = {
+    "sgd": (_sgd, ()),
+    "momentum": (_sgd, ("momentum_buffer",)),
+    "nesterov": (_nesterov, ("momentum_buffer",)),
+    "rmsprop": (lambda groups: torch.optim.RMSprop(groups, foreach=True), ("square_avg",)),
+    "adam": (lambda groups: torch.optim.Adam(groups, fused=True), ("exp_avg", "exp_avg_sq")),
+    "adamw": (lambda groups: torch.optim.AdamW(groups, fused=True), ("exp_avg", "exp_avg_sq")),
+    "lion": (Lion, Lion.moments),
+    "ademamix": (AdEMAMix, AdEMAMix.moments),
+    "adafactor": (Adafactor, ()),
+    "schedule_free_adamw": (ScheduleFreeAdamW, ()),
+}
+"""How each is built, and which of its states may be kept in fewer bits."""

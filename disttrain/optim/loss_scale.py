@@ -24,10 +24,10 @@ def loss_scale_update(scale: Tensor, good_steps: Tensor, overflow: Tensor) -> tu
 
 
 class LossScale:
-    """The scale and its history; without fp16 a constant one that never skips.
+    """The scale and its history; without fp16 a constant one.
 
-    The check for overflow needs no collective of its own: the gradient norm is made of all ranks' gradients and is
-    not finite on every rank alike when one of them is not.
+    Overflow needs no collective of its own: the gradient norm is made of all ranks' gradients and is not finite on
+    every rank alike when one of them is not.
     """
 
     def __init__(self, enabled: bool, device: torch.device) -> None:
@@ -35,10 +35,6 @@ class LossScale:
         self.scale = torch.ones((), device=device)
         self.good_steps = torch.zeros((), device=device)
         self._reset()
-
-    def overflow(self, grad_norm: Tensor) -> Tensor:
-        """1.0 where this step must be skipped."""
-        return (~torch.isfinite(grad_norm)).float() * float(self.enabled)
 
     def update(self, overflow: Tensor) -> None:
         if self.enabled:

@@ -1,29 +1,69 @@
-"""Every trainable parameter in exactly one group."""
+"""Every trainable parameter in exactly one group: ordered rules, first match wins."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from disttrain.models.sharding_plan import matches
+from disttrain.config.groups import Group
+from disttrain.errors import UserError
+
+_ROLE = "role:"
+_SHOWN = 8
 
 
-def decay_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], no_decay: tuple[str, ...], weight_decay: float
-) -> list[dict[str, Any]]:
-    """Two groups for `torch.optim`: `decay` and `no_decay`, the latter for names that match one of the patterns.
+def assign_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    groups: Sequence[Group],
+    roles: Mapping[str, str],
+    empty_groups: bool = False,
+) -> list[tuple[Group, dict[str, nn.Parameter]]]:
+    """The groups that own something, each with its parameters by name.
 
-    An empty group is left out.
+    Frozen parameters belong to none. With `empty_groups` (rules made for any model) a rule may match nothing.
+    Raises UserError for an unknown role, a rule without a match or with nothing left to own, and unowned parameters.
     """
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            (rest if matches(name, no_decay) else decay).append(parameter)
-    groups = [
-        {"name": "decay", "params": decay, "weight_decay": weight_decay},
-        {"name": "no_decay", "params": rest, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    trainable = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
+    owned: dict[str, dict[str, nn.Parameter]] = {group.name: {} for group in groups}
+    taken: dict[str, str] = {}
+    problems: list[str] = []
+    for group in groups:
+        matched: set[str] = set()
+        for rule in group.match:
+            pattern = _pattern(rule, roles)
+            if pattern is None:
+                problems.append(
+                    f"group {group.name}: there is no {rule}; the model has {', '.join(_ROLE + r for r in roles)}"
+                )
+                continue
+            found = {name for name in trainable if re.search(pattern, name)}
+            if not found and not empty_groups:
+                problems.append(f"group {group.name}: {rule!r} matches none of the parameters: {_listed(trainable)}")
+            matched |= found
+        for name in (name for name in trainable if name in matched and name not in taken):
+            owned[group.name][name], taken[name] = trainable[name], group.name
+        if matched and not owned[group.name] and not empty_groups:
+            owners = ", ".join(sorted({taken[name] for name in matched}))
+            problems.append(
+                f"group {group.name}: owns nothing: {owners} before it took all {len(matched)} parameters that it "
+                "matches; move it up or take it out"
+            )
+    if unowned := [name for name in trainable if name not in taken]:
+        problems.append(
+            f"no group matches {_listed(unowned)}; add a rule, or a last group with match = ['.*'] for the rest"
+        )
+    if problems:
+        raise UserError(f"optim.groups: {problem}" for problem in problems)
+    return [(group, owned[group.name]) for group in groups if owned[group.name]]
+
+
+def _pattern(rule: str, roles: Mapping[str, str]) -> str | None:
+    return roles.get(rule.removeprefix(_ROLE)) if rule.startswith(_ROLE) else rule
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -18,7 +18,6 @@ from disttrain.config.parallel import ParallelConfig
 from disttrain.distributed.mesh import build_mesh
 from disttrain.engines import Engine, NativeEngine, UpdateResult
 from disttrain.models import GPT_PLAN
-from disttrain.models.sharding_plan import matches
 from disttrain.optim import build_optimizer
 from disttrain.testing.pool import RankPool
 from disttrain.testing.reference import reference_training
@@ -141,18 +140,16 @@ def measure_parity(
     )
     start = gather_whole(dict(gpt.named_parameters()))
     optimizer = build_optimizer(gpt, OPTIM, GPT_PLAN)
-    engine = RecordingEngine(gpt, model, optimizer, clip_norm=OPTIM.clip_norm, parallel=parallel, device=device)
+    engine = RecordingEngine(gpt, model, optimizer, parallel=parallel, device=device)
     spoilt = mutate(engine)
     for step in range(STEPS):
-        train_step(spoilt, _rank_batches(step, rank, world, case.accumulation), lr_factor=1.0, device=device)
+        train_step(spoilt, rank_batches(step, rank, world, case.accumulation), lr_factor=1.0, device=device)
     end = gather_whole(dict(gpt.named_parameters()))
     if rank != 0:
         return 0.0, 0.0
 
-    no_decay = {name for name in start if matches(name, GPT_PLAN.no_decay)}
-    expected, expected_end = reference_training(
-        config, OPTIM, start, [global_batch(step) for step in range(STEPS)], no_decay
-    )
+    batches = [global_batch(step) for step in range(STEPS)]
+    expected, expected_end = reference_training(config, optimizer.groups, start, batches)
     errors = [0.0]
     for seen, grad_norm, reference in zip(engine.gradients, engine.grad_norms, expected, strict=True):
         errors += [tensor_error(name, seen[name], gradient) for name, gradient in reference.gradients.items()]
@@ -192,7 +189,7 @@ def tensor_error(name: str, actual: Tensor, expected: Tensor) -> float:
     return error if fnmatchcase(name, _ZERO_GRADIENT) else error / max(expected.abs().max().item(), 1e-300)
 
 
-def _rank_batches(step: int, rank: int, world: int, accumulation: int) -> list[tuple[Tensor, Tensor]]:
+def rank_batches(step: int, rank: int, world: int, accumulation: int) -> list[tuple[Tensor, Tensor]]:
     tokens, labels = (part.chunk(world)[rank].chunk(accumulation) for part in global_batch(step))
     return list(zip(tokens, labels, strict=True))
 

@@ -16,7 +16,7 @@ from disttrain.distributed.env import Ranks
 from disttrain.distributed.mesh import build_mesh
 from disttrain.engines import Engine, NativeEngine
 from disttrain.models import GPT, GPT_PLAN, init_parameters
-from disttrain.optim import build_optimizer
+from disttrain.optim import OptimizerSet, build_optimizer
 from disttrain.parallel import parallelize
 
 
@@ -27,6 +27,7 @@ class Training:
     gpt: GPT
     model: nn.Module
     engine: Engine
+    optimizer: OptimizerSet
     order: SampleOrder
     loader: BatchLoader
     batch_samples: int
@@ -44,19 +45,18 @@ def build_training(config: RunConfig, data: Data, ranks: Ranks, device: torch.de
         seed=config.train.seed,
         device=device,
     )
-    optimizer = build_optimizer(gpt, config.optim, GPT_PLAN)
+    optimizer = build_optimizer(gpt, config.optim, GPT_PLAN, seed=config.train.seed)
     engine = NativeEngine(
         gpt,
         model,
         optimizer,
-        clip_norm=config.optim.clip_norm,
         parallel=config.parallel,
         # The scale lies where the gradients are.
         device=torch.device("cpu") if config.parallel.cpu_offload else device,
     )
     order = SampleOrder(data.train, config.train.sequence_length, config.train.seed)
     loader = BatchLoader(order, plan.samples, plan.microbatch, ranks.rank, ranks.world)
-    return Training(gpt, model, engine, order, loader, plan.samples)
+    return Training(gpt, model, engine, optimizer, order, loader, plan.samples)
 
 
 def build_model(

@@ -15,13 +15,17 @@ from disttrain.data.loader import validation_batches
 from disttrain.distributed.env import Ranks
 from disttrain.flops import training_flops_per_token
 from disttrain.monitor import MetricBuffer
+from disttrain.optim.ownership import ownership
 from disttrain.parallel import device_notes, parameters_will_change
 from disttrain.resilience import StopRequest
 from disttrain.schedule import lr_factor
 from disttrain.train.build import build_training
 from disttrain.train.evaluate import evaluate
 from disttrain.train.finish import bigram_line, sample_text
+from disttrain.train.first_update import FirstUpdate
 from disttrain.train.folder import State
+from disttrain.train.group_metrics import GroupMetrics
+from disttrain.train.guard import NumericalGuard
 from disttrain.train.output import RunOutput
 from disttrain.train.preflight import PreparedRun
 from disttrain.train.saving import RunCheckpoints, room_note
@@ -58,6 +62,8 @@ class TrainingLoop:
     def __init__(self, run: PreparedRun, ranks: Ranks, device: torch.device) -> None:
         self.config, self.data, self.ranks, self.device = run.config, run.data, ranks, device
         self.parts = build_training(run.config, run.data, ranks, device)
+        self.groups = GroupMetrics(self.parts.optimizer)
+        self.guard = NumericalGuard(self.parts.optimizer.parameter_names, run.config.parallel.param_dtype == "fp16")
         self.metrics = MetricBuffer({"loss_sum": "sum", "data_seconds": "max", "skipped_steps": "sum"}, device)
         section = run.config.checkpoint
         manager = CheckpointManager(
@@ -70,6 +76,8 @@ class TrainingLoop:
         self.position, notes = self._begin(manager)
         notes += device_notes(run.config.parallel, device) + room_note(manager, self.parts.engine.state())
         self.output = RunOutput(run, ranks, self.position.step, notes)
+        self.output.announce(ownership(self.parts.optimizer))
+        self.first_update = FirstUpdate(self.parts.optimizer, self.output)
         self.checkpoints = RunCheckpoints(manager, section, self.output)
         self.first_step = self.logged_step = self.position.step
         self.logged_at = time.perf_counter()
@@ -96,6 +104,7 @@ class TrainingLoop:
         self.metrics.add("data_seconds", time.perf_counter() - began)
         reached = self.position.after(self.parts.batch_samples, self.config.train.sequence_length)
         factor = self._lr_factor(reached)
+        self.first_update.before()
         result = train_step(
             self.parts.engine,
             [(torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)) for batch in batches],
@@ -104,26 +113,30 @@ class TrainingLoop:
             stop_wanted=stop_wanted,
             saving=self.checkpoints.busy,
         )
-        self.metrics.add("skipped_steps", result.update.skipped)
         self.position, step = reached, reached.step
+        self.guard.look(step, result.update)
+        self.first_update.after(result.update)
+        self.metrics.add("skipped_steps", result.update.skipped)
+        self.groups.add(result.update.norms)
         if step % self.config.monitor.log_every == 0 or step in (self.first_step + 1, self.config.train.total_steps):
             self.metrics.add("loss_sum", result.loss_sum)
-            self._log(result, factor)
+            self._log(result)
         self.checkpoints.look(step, result.saving)
         return result.stop
 
     def _lr_factor(self, reached: Position) -> float:
         schedule, batch_tokens = self.config.schedule, self.config.train.global_batch_tokens
         return lr_factor(
-            schedule.shape,
+            self.config.schedule_shape,
             reached.tokens,
             warmup_tokens=schedule.warmup_steps * batch_tokens,
             horizon_tokens=(schedule.horizon_steps or self.config.train.total_steps) * batch_tokens,
             final_ratio=schedule.final_ratio,
         )
 
-    def _log(self, result: StepResult, factor: float) -> None:
+    def _log(self, result: StepResult) -> None:
         """The loss of this very step, so that a trace does not depend on where a run was resumed."""
+        self.guard.settle()
         reduced = self.metrics.reduce()
         now, steps = time.perf_counter(), self.position.step - self.logged_step
         step_seconds = (now - self.logged_at) / steps
@@ -136,7 +149,6 @@ class TrainingLoop:
             "step": self.position.step,
             "tokens": self.position.tokens,
             "loss": reduced["loss_sum"] / max(result.valid_tokens, 1),
-            "lr": self.config.optim.lr * factor,
             "grad_norm": result.update.grad_norm.item(),
             "valid_tokens": result.valid_tokens,
             "tokens_per_second": tokens_per_second,
@@ -144,6 +156,7 @@ class TrainingLoop:
             "step_seconds": step_seconds,
             "data_seconds": reduced["data_seconds"],
             "seconds_left": step_seconds * (self.config.train.total_steps - self.position.step),
+            **self.groups.record(result.update.norms),
         }
         if self.config.parallel.param_dtype == "fp16":
             record["loss_scale"] = result.update.loss_scale.item()
@@ -162,7 +175,8 @@ class TrainingLoop:
             train.microbatch_size,
         )
         began = time.perf_counter()
-        result = evaluate(self.parts.model, batches, self.data.bytes_per_token, self.device)
+        with self.parts.engine.evaluation_weights():
+            result = evaluate(self.parts.model, batches, self.data.bytes_per_token, self.device)
         self.output.log_validation(self.position.step, self.position.tokens, result.loss, result.bits_per_byte)
         self.logged_at += time.perf_counter() - began
 
@@ -185,9 +199,11 @@ class TrainingLoop:
         reader, found = open_checkpoint(Path(source).expanduser())
         parameters_will_change(self.parts.model)
         reader.load_weights(self.parts.gpt, found)
+        self.parts.engine.weights_changed()
         return [*found.rejected, f"weights from {found.place} (step {found.manifest.step}); everything else is new"]
 
     def _save(self, last: bool) -> None:
+        self.guard.settle()
         began = time.perf_counter()
         self.checkpoints.save(
             self.parts.engine.state(),
@@ -203,7 +219,8 @@ class TrainingLoop:
 
     def _finish(self) -> None:
         """A sample (every rank computes it: the model may be sharded), and the bar to compare with."""
-        text = sample_text(self.parts.model, self.data.tokenizer, self.config, self.device)
+        with self.parts.engine.evaluation_weights():
+            text = sample_text(self.parts.model, self.data.tokenizer, self.config, self.device)
         parameters_will_change(self.parts.model)
         if self.ranks.is_first:
             if self.config.monitor.bigram_baseline:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from disttrain.checkpoint.manager import Saved
 from disttrain.distributed.env import Ranks
 from disttrain.monitor import ConsoleSink, JsonlSink
+from disttrain.optim.ownership import Ownership, ownership_record, ownership_table
 from disttrain.train.folder import State, disk_errors
 from disttrain.train.preflight import PreparedRun
 
@@ -30,6 +31,14 @@ class RunOutput:
     def say(self, text: str) -> None:
         if self.console is not None:
             self.console.say(text)
+
+    def announce(self, rows: list[Ownership]) -> None:
+        """Who owns which parameter: all of it in the run folder, in brief on the console."""
+        if self.console is not None:
+            with disk_errors(self.folder.path):
+                self.folder.write_ownership(ownership_record(rows))
+            for line in ownership_table(rows):
+                self.console.say(line)
 
     def log(self, record: dict[str, float]) -> None:
         if self.console is not None:

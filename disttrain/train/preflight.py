@@ -122,7 +122,7 @@ def _compare_with_checkpoint(config: RunConfig, data: Data, folder: RunFolder) -
         return []  # the checkpoint manager says so
     now, before = flat_items(config), _flat(manifest.config)
     changed = [key for key in now if key in before and _plain(now[key]) != before[key]]
-    lines = {key: f"{key} was {before[key]!r}, is {_plain(now[key])!r}" for key in changed}
+    lines = {key: f"{key} was {_said(before[key])}, is {_said(_plain(now[key]))}" for key in changed}
     refused = [line for key, line in lines.items() if key.startswith(_FIXED)]
     identity = {key: (manifest.data.get(key), data.identity[key]) for key in _IDENTITY}
     refused += [f"data: {key} was {was!r}, is {value!r}" for key, (was, value) in identity.items() if was != value]
@@ -130,6 +130,10 @@ def _compare_with_checkpoint(config: RunConfig, data: Data, folder: RunFolder) -
         remedy = f"{folder.path} holds step {manifest.step} of another run: undo the change or set another run.name"
         raise UserError([*refused, remedy])
     return [f"changed since step {manifest.step}: {line}" for key, line in lines.items() if not key.startswith(_SILENT)]
+
+
+def _said(value: Any) -> str:
+    return "not set" if value is None else repr(value)
 
 
 def _compare_with_origin(config: RunConfig, data: Data) -> list[str]:

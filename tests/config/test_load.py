@@ -78,7 +78,7 @@ every = true
             "parallel.strategy=zero9",
             "parallel.strategy: must be 'ddp', 'zero1', 'zero2', 'fsdp' or 'hsdp'",
         ),
-        ("optim.betas=[0.9]", "optim.betas.1: missing; set it in the file or as an override"),
+        ("optim.betas=[0.9]", "optim.betas: must be two numbers, or three where the algorithm has as many; not 1"),
         ("train.tokens=4", "train: set exactly one of steps and tokens: how long the run is"),
         ("model.d_model=100", "d_model = 100 does not split into n_heads = 6 equal heads; nearest: d_model = 102"),
         ("model.n_kv_heads=4", "n_heads = 6 is not a multiple of n_kv_heads = 4"),

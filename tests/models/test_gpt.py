@@ -1,6 +1,7 @@
 """The GPT against naive formulas, in fp64, for every combination of its choices."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -107,6 +108,10 @@ def test_the_plan_names_what_is_there(bias: bool) -> None:
     assert list(GPT_PLAN.units(model)) == list(model.blocks)
     residual = [name for name in names if matches(name, GPT_PLAN.residual_outputs)]
     assert residual == [f"blocks.{layer}.{part}.weight" for layer in (0, 1) for part in ("attention.wo", "mlp.down")]
-    decayed = [name for name in names if not matches(name, GPT_PLAN.no_decay)]
-    linear = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert sorted(decayed) == sorted(linear)
+    roles = {name: {role for role, pattern in GPT_PLAN.roles.items() if re.search(pattern, name)} for name in names}
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {name for name in names if roles[name] == {"matrices"}} == linear - {"head.weight"}
+    assert {name for name in names if roles[name] == {"head"}} == {"head.weight"}
+    assert {name for name in names if roles[name] == {"embeddings"}} == {"wte.weight", "wpe.weight"}
+    vectors = [roles[name] for name, parameter in model.named_parameters() if parameter.dim() == 1]
+    assert all(held and held <= {"norms", "biases"} for held in vectors)

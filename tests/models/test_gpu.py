@@ -30,7 +30,7 @@ def one_step(device: torch.device, parallel: ParallelConfig) -> tuple[float, flo
         mesh = build_mesh(ParallelDims(1, 1), device.type)
         gpt, model = build_model(CONFIG, max_length=LENGTH, mesh=mesh, parallel=parallel, seed=0, device=device)
         optimizer = build_optimizer(gpt, OPTIM, GPT_PLAN)
-        engine = NativeEngine(gpt, model, optimizer, clip_norm=OPTIM.clip_norm, parallel=parallel, device=device)
+        engine = NativeEngine(gpt, model, optimizer, parallel=parallel, device=device)
         tokens = torch.randint(300, (2, 4, LENGTH), generator=torch.Generator().manual_seed(0))
         result = train_step(engine, [(tokens[0], tokens[1])], lr_factor=1.0, device=device)
         weights = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in gpt.named_parameters()}

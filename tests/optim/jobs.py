@@ -8,10 +8,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 from disttrain.config import ModelConfig, OptimConfig, ParallelDims
+from disttrain.config.groups import AdamW, Clip, ClipNorm, NoClip
 from disttrain.config.parallel import ParallelConfig
 from disttrain.distributed.mesh import build_mesh
 from disttrain.models import GPT_PLAN
-from disttrain.optim import build_optimizer, clip_scale, dist_grad_norm, scale_gradients
+from disttrain.optim import GradientNorms, build_optimizer, dist_clip_gradients
 from disttrain.train.build import build_model
 
 SHAPES = {"uneven": (7, 3), "few_rows": (3, 5), "one_row": (1, 4), "vector": (6,), "scalar": ()}
@@ -45,11 +46,36 @@ def mixed_parameters(world: int) -> list[nn.Parameter]:
     return [*parameters, nn.Parameter(torch.ones(3))]  # the last one has no gradient
 
 
+def clipped_together(parameters: list[nn.Parameter], clip: Clip | None = None, unscale: float = 1.0) -> GradientNorms:
+    """All parameters as one group."""
+    group = AdamW(name="all", match=(".*",), clip=clip or NoClip())
+    return dist_clip_gradients([{"params": parameters, "config": group}], torch.tensor(unscale))
+
+
+def clipped_apart(rank: int, world: int, clips: list[Clip], unscale: float) -> tuple[GradientNorms, list[Tensor]]:
+    """Every parameter a group of its own; the last, without a gradient, belongs to the first."""
+    parameters = mixed_parameters(world)
+    members = [[parameters[0], parameters[-1]], *([p] for p in parameters[1:-1])]
+    groups = [
+        {"params": owned, "config": AdamW(name=f"g{index}", match=(".*",), clip=clip)}
+        for index, (owned, clip) in enumerate(zip(members, clips, strict=True))
+    ]
+    with CommDebugMode() as calls:
+        norms = dist_clip_gradients(groups, torch.tensor(unscale))
+    assert sum(calls.get_comm_counts().values()) == 1
+    return norms, whole_of(parameters)
+
+
+def whole_of(parameters: list[nn.Parameter]) -> list[Tensor]:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
+
+
 def mixed_norm(rank: int, world: int) -> tuple[float, dict[str, int]]:
     """The norm, and how often each collective was called for it."""
     parameters = mixed_parameters(world)
     with CommDebugMode() as calls:
-        norm = dist_grad_norm(parameters)
+        norm = clipped_together(parameters).total
     assert norm.dtype == torch.float64
     return norm.item(), {str(call): count for call, count in calls.get_comm_counts().items() if count}
 
@@ -65,7 +91,7 @@ def fsdp_norm(rank: int, world: int) -> float:
         module.set_force_sum_reduction_for_comms(True)
     rows = torch.arange(20.0, dtype=torch.float64).reshape(4, 5).sin().chunk(world)[rank]
     model(rows).square().sum().backward()
-    return dist_grad_norm(list(model.parameters())).item()
+    return clipped_together(list(model.parameters())).total.item()
 
 
 def spoilt_norm(rank: int, world: int, value: float, spoilt_rank: int) -> list[float]:
@@ -75,21 +101,27 @@ def spoilt_norm(rank: int, world: int, value: float, spoilt_rank: int) -> list[f
     assert isinstance(gradient, DTensor)
     if rank == spoilt_rank:
         gradient.to_local()[0, 0] = value
-    norm = dist_grad_norm(parameters)
-    return [norm.item(), clip_scale(norm, 1.0).item()]
+    norms = clipped_together(parameters, ClipNorm(limit=1.0))
+    return [norms.total.item(), norms.scales[0].item()]
 
 
 def nothing_to_norm(rank: int, world: int) -> float:
-    return dist_grad_norm([nn.Parameter(torch.ones(3))]).item()
+    return clipped_together([nn.Parameter(torch.ones(3))], ClipNorm(limit=1.0, p="inf")).total.item()
 
 
 def clipped(rank: int, world: int, max_norm: float) -> tuple[list[Tensor], float]:
     """The whole gradients after clipping, and their norm."""
     parameters = mixed_parameters(world)
-    scale_gradients(parameters, clip_scale(dist_grad_norm(parameters), max_norm))
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
-    return whole, dist_grad_norm(parameters).item()
+    clipped_together(parameters, ClipNorm(limit=max_norm))
+    return whole_of(parameters), clipped_together(parameters).total.item()
+
+
+def scaled_in_place(rank: int, world: int) -> tuple[list[float], torch.dtype, bool]:
+    """An fp32 gradient after an unscaling by a quarter; and whether it lies where it lay."""
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = gradient = torch.ones(3)
+    clipped_together([parameter, nn.Parameter(torch.ones(2))], unscale=0.25)
+    return gradient.tolist(), gradient.dtype, parameter.grad is gradient
 
 
 def sharded_optimizer(rank: int, world: int, config: ModelConfig, optim: OptimConfig) -> tuple[bool, dict[str, Tensor]]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from disttrain.optim import clip_scale, scale_gradients
+from disttrain.config.groups import Clip, ClipNorm, ClipValue, NoClip
+from disttrain.optim.clip import clip_scale
 from disttrain.testing import RankPool
 from tests.optim.jobs import whole_gradients
 
@@ -73,11 +74,41 @@ def test_the_scale_is_torchs(norm: float, scale: float) -> None:
     assert parameter.grad.item() == pytest.approx(norm * seen.item(), rel=1e-12)
 
 
-def test_gradients_keep_their_dtype_and_place() -> None:
-    parameter = nn.Parameter(torch.ones(3))
-    parameter.grad = gradient = torch.ones(3)
-    scale_gradients([parameter, nn.Parameter(torch.ones(2))], torch.tensor(0.25, dtype=torch.float64))
-    assert parameter.grad is gradient
-    assert gradient.dtype == torch.float32
-    assert gradient.tolist() == [0.25] * 3
-    scale_gradients([], torch.tensor(0.25))
+def test_gradients_keep_their_dtype_and_place(pool: RankPool) -> None:
+    assert pool.run(f"{JOBS}:scaled_in_place", 1) == [([0.25] * 3, torch.float32, True)]
+
+
+CLIPS: list[list[Clip]] = [
+    [ClipNorm(limit=0.5, p=p, over=over) for _ in range(5)] for p in (1.0, 2.0, 3.0, "inf") for over in ("group", "all")
+]
+MIXED: list[Clip] = [
+    ClipNorm(limit=0.5, p="inf"),
+    ClipNorm(limit=0.3, over="all", p=3),
+    ClipValue(limit=0.4),
+    NoClip(),
+    ClipNorm(limit=1e3, over="all"),
+]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("clips", [*CLIPS, [ClipValue(limit=0.4)] * 5, MIXED], ids=str)
+def test_each_group_is_clipped_by_its_own_rule_as_in_one_process(pool: RankPool, clips: list[Clip], world: int) -> None:
+    before = [0.5 * gradient for gradient in whole_gradients().values()]
+    everything = torch.cat([gradient.flatten() for gradient in before])
+    for norms, after in pool.run(f"{JOBS}:clipped_apart", world, clips=clips, unscale=0.5):
+        torch.testing.assert_close(norms.groups, torch.stack([g.norm() for g in before]), rtol=1e-13, atol=0)
+        assert norms.total.item() == pytest.approx(everything.norm().item(), rel=1e-13)
+        assert norms.parameters.tolist() == [norms.groups[0], 0.0, *norms.groups[1:]]
+        for index, (clip, gradient) in enumerate(zip(clips, before, strict=True)):
+            scale, share, expected = 1.0, 0.0, gradient
+            if isinstance(clip, ClipNorm):
+                norm = (everything if clip.over == "all" else gradient.flatten()).norm(clip.order)
+                scale = min(1.0, clip.limit / (norm.item() + 1e-6))
+                expected, share = gradient * scale, float(scale < 1)
+            elif isinstance(clip, ClipValue):
+                expected = gradient.clamp(-clip.limit, clip.limit)
+                without_gradient = 3 if index == 0 else 0
+                share = (gradient.abs() > clip.limit).sum().item() / (gradient.numel() + without_gradient)
+            torch.testing.assert_close(after[index], expected, rtol=1e-13, atol=0)
+            assert norms.scales[index].item() == pytest.approx(scale, rel=1e-13)
+            assert norms.shares[index].item() == pytest.approx(share, rel=1e-13)

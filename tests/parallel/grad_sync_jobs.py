@@ -23,7 +23,7 @@ from disttrain.train.step import train_step
 CPU = torch.device("cpu")
 
 
-def engine_of(world: int, settings: dict[str, Any], clip_norm: float = 1.0) -> Keeping:
+def engine_of(world: int, settings: dict[str, Any]) -> Keeping:
     parallel = ParallelConfig(**settings)
     dims = ParallelDims.resolve(parallel.strategy, parallel.dp_replicate, parallel.dp_shard, world)
     gpt, model = build_model(
@@ -36,7 +36,7 @@ def engine_of(world: int, settings: dict[str, Any], clip_norm: float = 1.0) -> K
         dtype=torch.float64,
     )
     optimizer = build_optimizer(gpt, OPTIM, GPT_PLAN)
-    return Keeping(gpt, model, optimizer, clip_norm=clip_norm, parallel=parallel, device=CPU)
+    return Keeping(gpt, model, optimizer, parallel=parallel, device=CPU)
 
 
 class Keeping(NativeEngine):
@@ -96,7 +96,7 @@ def step_traffic(rank: int, world: int, settings: dict[str, Any]) -> dict[str, A
 
 def gradients_by_share(rank: int, world: int, settings: dict[str, Any], shares: list[list[int]]) -> dict[str, Any]:
     """Gradients of one step in which rank r has shares[r] valid labels in each of its microbatches (0: none)."""
-    engine = engine_of(world, settings, clip_norm=0.0)
+    engine = engine_of(world, settings)
     everything = [[_microbatch(r, i, valid) for i, valid in enumerate(row)] for r, row in enumerate(shares)]
     result = train_step(engine, everything[rank], lr_factor=1.0, device=CPU)
     tokens, labels = (torch.cat(parts) for parts in zip(*(mb for row in everything for mb in row), strict=True))

@@ -38,7 +38,7 @@ def build_engine(world: int, parallel: ParallelConfig, model: str, dtype: torch.
         dtype=dtype,
     )
     optimizer = build_optimizer(gpt, OPTIM, GPT_PLAN)
-    return RecordingEngine(gpt, called, optimizer, clip_norm=0.5, parallel=parallel, device=CPU)
+    return RecordingEngine(gpt, called, optimizer, parallel=parallel, device=CPU)
 
 
 def rank_batches(step: int, rank: int, world: int, accumulation: int) -> list[tuple[Tensor, Tensor]]:

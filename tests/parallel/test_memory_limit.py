@@ -61,7 +61,7 @@ def _train(rank: int, world: int, settings: dict[str, Any], config: ModelConfig)
     mesh = build_mesh(dims, "cpu")
     gpt, model = build_model(config, max_length=LENGTH, mesh=mesh, parallel=parallel, seed=0, device=CPU)
     optimizer = build_optimizer(gpt, OptimConfig(lr=1e-3), GPT_PLAN)
-    engine = NativeEngine(gpt, model, optimizer, clip_norm=1.0, parallel=parallel, device=CPU)
+    engine = NativeEngine(gpt, model, optimizer, parallel=parallel, device=CPU)
     tokens = torch.randint(64, (1, LENGTH), generator=torch.Generator().manual_seed(rank))
     steps = [train_step(engine, [(tokens, tokens.roll(-1, 1))], lr_factor=1.0, device=CPU) for _ in range(2)]
     return [step.loss_sum.item() for step in steps]

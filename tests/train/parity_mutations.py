@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,12 @@ class _Scaled:
 
     def finish_step(self, lr_factor: float) -> UpdateResult:
         return self.engine.finish_step(lr_factor)
+
+    def evaluation_weights(self) -> AbstractContextManager[None]:
+        return self.engine.evaluation_weights()
+
+    def weights_changed(self) -> None:
+        self.engine.weights_changed()
 
     def state(self) -> dict[str, Tensor]:
         return self.engine.state()

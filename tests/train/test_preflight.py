@@ -137,7 +137,7 @@ def test_harmless_changes_are_noted(prepare: Prepare) -> None:
     assert run.notes == (
         "changed since step 5: train.steps was 10, is 20",
         "changed since step 5: parallel.strategy was 'fsdp', is 'ddp'",
-        "changed since step 5: optim.betas was [0.9, 0.95], is [0.5, 0.95]",
+        "changed since step 5: optim.betas was not set, is [0.5, 0.95]",
     )
 
 

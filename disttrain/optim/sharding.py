@@ -1,0 +1,44 @@
+"""What an optimizer must know of a parameter's layout."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of `tensor`: the shard of a DTensor, sharing its memory, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def copies(tensor: Tensor, world: int) -> int:
+    """How many ranks hold the numbers that this rank holds of `tensor`."""
+    if not isinstance(tensor, DTensor):
+        return world
+    mesh = tensor.device_mesh
+    held = world // mesh.size()
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            held *= mesh.size(axis)
+    return held
+
+
+def like_sharded(held: Tensor, parameter: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor of the whole `shape` cut along dim 0 as `parameter` is, of which this rank holds `held`."""
+    if not isinstance(parameter, DTensor):
+        return held
+    stride = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(held, mesh, placements, run_check=False, shape=shape, stride=tuple(stride))
+
+
+def first_element(parameter: Tensor) -> int:
+    """Where this rank's rows of `parameter` begin in the whole tensor, counted in elements."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offsets[0] * parameter.shape[1:].numel()
