@@ -10,17 +10,28 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from disttrain.config import ModelConfig
+from disttrain.config import ModelConfig, OptimConfig
 from disttrain.config.parallel import ParallelConfig
 from disttrain.data.corpus import file_corpus, read_texts
 from disttrain.data.token_shards import bin_shard_sets
-from disttrain.models import GPT
+from disttrain.models import GPT, GPT_PLAN
 from disttrain.models.generate import sampling_probabilities
+from disttrain.optim import build_optimizer
 from disttrain.optim.loss_scale import INITIAL_SCALE, LossScale
 from disttrain.parallel.ddp import summing_hook
 from disttrain.testing import RankPool
 
 TINY = ModelConfig(n_layers=1, d_model=8, n_heads=2, vocab_size=11)
+
+
+def test_fused_sgd_does_not_know_dtensors() -> None:
+    """`torch.optim.SGD(fused=True)` raises on sharded parameters, at the first step only."""
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    model = torch.nn.Module()
+    model.register_parameter("weight", parameter)
+    for preset in ("sgd", "momentum", "nesterov"):
+        optimizer = build_optimizer(model, OptimConfig.model_validate({"preset": preset}), GPT_PLAN)
+        assert [inner.defaults["fused"] for inner in optimizer.optimizers] in ([None], [False])
 
 
 def test_to_empty_gives_a_tied_head_storage_of_its_own() -> None:

@@ -77,7 +77,13 @@ class CheckpointReader:
         alone. Raises UserError on every rank, before touching anything, when other names, shapes or dtypes differ.
         Under FSDP2 the caller must reshard its modules afterwards, or the next forward may still use old weights.
         """
-        raise_together([f"{info.place}: {problem}" for problem in differences(state, info.manifest)])
+        problems = [f"{info.place}: {problem}" for problem in differences(state, info.manifest)]
+        if problems and all(": optim." in problem or ": ... and" in problem for problem in problems):
+            problems.append(
+                "the optimizer's algorithms or state types are not those of the checkpoint: undo the change, or start a "
+                f"new run from its weights alone with train.init_from={info.place}"
+            )
+        raise_together(problems)
         stored = info.manifest.tensors
         targets = {name: tensor.detach() for name, tensor in state.items() if name in stored}
         reader = SafetensorsReader(self.storage, info.name, info.manifest)

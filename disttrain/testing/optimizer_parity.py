@@ -99,7 +99,7 @@ def synthetic_job(
 def training_job(rank: int, world: int, device: str, settings: dict[str, Any]) -> dict[str, float]:
     """The largest error of the weights after training a GPT: every algorithm at one clip, every clip under AdamW."""
     cells = {name: (name, own, CLIPS["norm of all"]) for name, own in ALGORITHMS.items()}
-    cells |= {f"adamw clipped by {name}": ("adamw", ALGORITHMS["adamw"], clip) for name, clip in CLIPS.items()}
+    cells |= {f"clip: {name}": ("adamw", ALGORITHMS["adamw"], clip) for name, clip in CLIPS.items()}
     return {
         name: _training(rank, world, place(device, rank), settings, optim_of(algorithm, own, "role:matrices", clip))
         for name, (algorithm, own, clip) in cells.items()
