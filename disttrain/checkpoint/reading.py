@@ -80,8 +80,8 @@ class CheckpointReader:
         problems = [f"{info.place}: {problem}" for problem in differences(state, info.manifest)]
         if problems and all(": optim." in problem or ": ... and" in problem for problem in problems):
             problems.append(
-                "the optimizer's algorithms or state types are not those of the checkpoint: undo the change, or start a "
-                f"new run from its weights alone with train.init_from={info.place}"
+                "the optimizer's algorithms or state types are not those of the checkpoint: undo the change, or start "
+                f"a new run from its weights alone with train.init_from={info.place}"
             )
         raise_together(problems)
         stored = info.manifest.tensors

@@ -7,10 +7,11 @@ import hashlib
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 20
+CHUNK = 1 << 18
+"""Elements at a time: their bits stay in a core's cache. Divides 2^32, so no chunk has two upper halves of a place."""
 _MASK = 0xFFFF_FFFF
-_LARGEST = 0x7F7F
-"""The bits of bf16's largest finite number."""
+_LARGEST = 0x7F7F_FFFF
+"""The bits of fp32's largest finite number."""
 
 
 def noise_key(seed: int, step: int, name: str, state: str) -> int:
@@ -28,34 +29,36 @@ def round_to_bf16(source: Tensor, key: int, offset: int) -> Tensor:
     """
     flat = source.detach().reshape(-1).float()
     rounded = torch.empty_like(flat, dtype=torch.bfloat16)
-    for start in range(0, flat.numel(), _CHUNK):
-        part = flat[start : start + _CHUNK]
-        places = torch.arange(offset + start, offset + start + part.numel(), device=flat.device)
-        rounded[start : start + _CHUNK] = _round(part, noise_bits(places, key))
+    start = 0
+    while start < flat.numel():
+        # Chunks begin where those of the whole tensor do.
+        end = min(flat.numel(), start + CHUNK - (offset + start) % CHUNK)
+        bits = flat[start:end].view(torch.int32)
+        noise = noise_bits(offset + start, end - start, key, flat.device)
+        # Away from zero with the odds of the sixteen bits that bf16 has no room for; without a carry beyond the largest
+        # number, and none at all for what is not finite.
+        room = (bits & 0x7FFF_FFFF).neg_().add_(_LARGEST).clamp_(min=0)
+        torch.minimum(noise, room, out=noise)
+        rounded[start:end] = noise.add_(bits).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+        start = end
     return rounded.reshape(source.shape)
 
 
-def noise_bits(places: Tensor, key: int) -> Tensor:
-    """16 random bits for each place (int64): two rounds of a 32-bit mixer over place and key, as int64."""
-    low = _mix((places & _MASK) ^ (key & _MASK))
-    return _mix((low + (places >> 32) + (key >> 32)) & _MASK) >> 16
+def noise_bits(start: int, count: int, key: int, device: torch.device) -> Tensor:
+    """16 random bits (int32) for each of `count` places from `start` on, within one chunk.
+
+    A 32-bit mixer over the place, with half of the key before and half of it in the middle: lowbias32 of Chris Wellons
+    (public domain), without its last shift, which the upper bits do not need.
+    """
+    before, between = key & _MASK, (key >> 32) ^ (start >> 32) * 0x9E3779B9
+    bits = torch.arange(count, dtype=torch.int32, device=device)
+    bits.add_(_signed(start)).bitwise_xor_(_signed(before))
+    bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D).bitwise_xor_(_signed(between))
+    bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(0x846CA68B))
+    return bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
-def _mix(bits: Tensor) -> Tensor:
-    """Chris Wellons' lowbias32 (public domain): every input bit moves every output bit with odds near one half."""
-    bits = bits ^ (bits >> 16)
-    bits = (bits * 0x7FEB352D) & _MASK
-    bits = bits ^ (bits >> 15)
-    bits = (bits * 0x846CA68B) & _MASK
-    return bits ^ (bits >> 16)
-
-
-def _round(values: Tensor, noise: Tensor) -> Tensor:
-    """Away from zero with the odds of the sixteen bits that bf16 has no room for."""
-    bits = values.view(torch.int32)
-    magnitude = bits & 0x7FFF_FFFF
-    upper = (magnitude + noise.to(torch.int32)) >> 16
-    finite = magnitude < 0x7F80_0000
-    upper = torch.where(finite, upper.clamp(max=_LARGEST), upper)
-    signed = torch.where(bits < 0, upper - 0x8000, upper).to(torch.int16)
-    return torch.where(finite, signed.view(torch.bfloat16), values.bfloat16())
+def _signed(value: int) -> int:
+    """The int32 with the lower 32 bits of `value`."""
+    value &= _MASK
+    return value - (1 << 32) if value >> 31 else value
