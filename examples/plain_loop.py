@@ -39,7 +39,7 @@ def main() -> None:
             # Any step's batch can be asked for: the data is a function of how many samples were used before.
             batches = parts.loader.microbatches((step - 1) * parts.batch_samples)
             factor = lr_factor(
-                schedule.shape,
+                config.schedule_shape,
                 step * train.global_batch_tokens,
                 warmup_tokens=schedule.warmup_steps * train.global_batch_tokens,
                 horizon_tokens=(schedule.horizon_steps or train.total_steps) * train.global_batch_tokens,
@@ -63,7 +63,8 @@ def main() -> None:
         )
         tokens, rows = config.monitor.evaluate_tokens, train.microbatch_size
         windows = validation_batches(data.validation, train.sequence_length, tokens, ranks.rank, ranks.world, rows)
-        measured = evaluate(parts.model, windows, data.tokenizer and data.tokenizer.bytes_per_token, device)
+        with parts.engine.evaluation_weights():
+            measured = evaluate(parts.model, windows, data.tokenizer and data.tokenizer.bytes_per_token, device)
         if ranks.is_first:
             run.folder.write_config(config)
             if data.tokenizer is not None:
