@@ -17,10 +17,20 @@ from disttrain.engines import NativeEngine
 from disttrain.models import GPT_PLAN, ShardingPlan, init_parameters
 from disttrain.optim import OptimizerSet, build_optimizer, set_learning_rate
 from disttrain.parallel.fsdp import apply_fsdp
-from disttrain.testing.parity import LENGTH, MODELS, ParityRow, gather_whole, global_batch, rank_batches, tensor_error
+from disttrain.testing.parity import (
+    LENGTH,
+    MODELS,
+    ParityRow,
+    gather_whole,
+    global_batch,
+    parity_model,
+    place,
+    rank_batches,
+    tensor_error,
+)
 from disttrain.testing.pool import RankPool
 from disttrain.testing.reference import ReferenceOptimizer, reference_training
-from disttrain.train.build import build_gpt, build_model
+from disttrain.train.build import build_gpt
 from disttrain.train.step import train_step
 
 WORLDS = (2, 4)
@@ -106,10 +116,6 @@ def training_job(rank: int, world: int, device: str, settings: dict[str, Any]) -
     }
 
 
-def place(device: str, rank: int) -> torch.device:
-    return torch.device(device, rank) if device == "cuda" else torch.device(device)
-
-
 class Toys(nn.Module):
     """Parameters of every awkward shape, in fp64, cut as a strategy cuts a model."""
 
@@ -157,16 +163,7 @@ def _synthetic(world: int, device: torch.device, settings: dict[str, Any], optim
 
 def _training(rank: int, world: int, device: torch.device, settings: dict[str, Any], optim: OptimConfig) -> float:
     parallel = ParallelConfig(**settings)
-    dims = ParallelDims.resolve(parallel.strategy, parallel.dp_replicate, parallel.dp_shard, world)
-    gpt, model = build_model(
-        MODELS["modern"],
-        max_length=LENGTH,
-        mesh=build_mesh(dims, device.type),
-        parallel=parallel,
-        seed=0,
-        device=device,
-        dtype=torch.float64,
-    )
+    gpt, model = parity_model(MODELS["modern"], world, device, parallel)
     optimizer = build_optimizer(gpt, optim, GPT_PLAN)
     engine = NativeEngine(gpt, model, optimizer, parallel=parallel, device=device)
     for step in range(STEPS):

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from disttrain.config import ModelConfig, OptimConfig, ParallelDims
 from disttrain.config.parallel import ParallelConfig
 from disttrain.distributed.mesh import build_mesh
 from disttrain.engines import Engine, NativeEngine, UpdateResult
-from disttrain.models import GPT_PLAN
+from disttrain.models import GPT, GPT_PLAN
 from disttrain.optim import build_optimizer
 from disttrain.testing.pool import RankPool
 from disttrain.testing.reference import reference_training
@@ -118,8 +118,12 @@ def parity_table(pool: RankPool, worlds: tuple[int, ...] = WORLDS) -> Iterator[P
 
 def parity_job(rank: int, world: int, device: str, case: ParityCase) -> tuple[float, float]:
     """One cell on this rank: the largest errors of gradients (with norms) and of final parameters."""
-    place = torch.device(device, rank) if device == "cuda" else torch.device(device)
-    return measure_parity(rank, world, place, case)
+    return measure_parity(rank, world, place(device, rank), case)
+
+
+def place(device: str, rank: int) -> torch.device:
+    """The device of a rank of the pool."""
+    return torch.device(device, rank) if device == "cuda" else torch.device(device)
 
 
 def measure_parity(
@@ -128,16 +132,7 @@ def measure_parity(
     """As `parity_job`, judged by rank 0 (the others return zeros); `mutate` may spoil the engine, to turn cells red."""
     config = MODELS[case.model]
     parallel = case.parallel
-    dims = ParallelDims.resolve(parallel.strategy, parallel.dp_replicate, parallel.dp_shard, world)
-    gpt, model = build_model(
-        config,
-        max_length=LENGTH,
-        mesh=build_mesh(dims, device.type),
-        parallel=parallel,
-        seed=0,
-        device=device,
-        dtype=torch.float64,
-    )
+    gpt, model = parity_model(config, world, device, parallel)
     start = gather_whole(dict(gpt.named_parameters()))
     optimizer = build_optimizer(gpt, OPTIM, GPT_PLAN)
     engine = RecordingEngine(gpt, model, optimizer, parallel=parallel, device=device)
@@ -155,6 +150,15 @@ def measure_parity(
         errors += [tensor_error(name, seen[name], gradient) for name, gradient in reference.gradients.items()]
         errors.append(abs(grad_norm / reference.grad_norm.item() - 1))
     return max(errors), max(tensor_error(name, end[name], weight) for name, weight in expected_end.items())
+
+
+def parity_model(
+    config: ModelConfig, world: int, device: torch.device, parallel: ParallelConfig
+) -> tuple[GPT, nn.Module]:
+    """A small GPT in fp64 on the layout, with the weights that every layout begins with; and the module to call."""
+    dims = ParallelDims.resolve(parallel.strategy, parallel.dp_replicate, parallel.dp_shard, world)
+    mesh, kind = build_mesh(dims, device.type), torch.float64
+    return build_model(config, max_length=LENGTH, mesh=mesh, parallel=parallel, seed=0, device=device, dtype=kind)
 
 
 class RecordingEngine(NativeEngine):

@@ -8,16 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from disttrain.config import OptimConfig, ParallelDims
+from disttrain.config import OptimConfig
 from disttrain.config.parallel import ParallelConfig
-from disttrain.distributed.mesh import build_mesh
 from disttrain.engines import NativeEngine
 from disttrain.models import GPT_PLAN
 from disttrain.optim import build_optimizer
 from disttrain.testing.collectives import CollectiveCounter
 from disttrain.testing.optimizer_parity import Toys, drawn_gradients
-from disttrain.testing.parity import LENGTH, MODELS, gather_whole, global_batch, rank_batches
-from disttrain.train.build import build_gpt, build_model
+from disttrain.testing.parity import LENGTH, MODELS, gather_whole, global_batch, parity_model, rank_batches
+from disttrain.train.build import build_gpt
 from disttrain.train.step import train_step
 from tests.optim.resume_jobs import cases
 
@@ -28,10 +27,8 @@ OPTIM = OptimConfig(preset="schedule_free_adamw", lr=1e-2)
 def trained_and_looked_at(rank: int, world: int, settings: dict[str, Any], looks: bool) -> dict[str, Any]:
     """Three steps with an evaluation after the second: its loss, the same by hand, and the weights at the end."""
     parallel = ParallelConfig(**settings)
-    dims = ParallelDims.resolve(parallel.strategy, parallel.dp_replicate, parallel.dp_shard, world)
-    mesh = build_mesh(dims, "cpu")
     config, kind = MODELS["modern"], torch.float64
-    gpt, model = build_model(config, max_length=LENGTH, mesh=mesh, parallel=parallel, seed=0, device=CPU, dtype=kind)
+    gpt, model = parity_model(config, world, CPU, parallel)
     engine = NativeEngine(gpt, model, build_optimizer(gpt, OPTIM, GPT_PLAN), parallel=parallel, device=CPU)
     seen: dict[str, Any] = {}
     for step in range(3):
