@@ -57,10 +57,6 @@ def test_groups_are_announced_stored_and_measured(config: Path, tmp_path: Path) 
         assert 0 < row["clip_share/rest"] < 1
         both = row["grad_norm/matrices"] ** 2 + row["grad_norm/rest"] ** 2
         assert both == pytest.approx(row["grad_norm"] ** 2, rel=1e-6)
-    more = disttrain("train", file, "--nproc", 1, f"run.dir={folder}", "train.steps=8", "parallel.strategy=ddp")
-    assert more.code == 0, more
-    assert "note: changed since step 6: train.steps was 6, is 8" in more.out
-    assert status(folder) == {"state": "completed", "step": 8}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +64,6 @@ def test_groups_are_announced_stored_and_measured(config: Path, tmp_path: Path) 
     [
         ("mlq", ".*", "adamw", "optim.groups: group matrices: 'mlq' matches none of the parameters: wte.weight"),
         ("mlp", ".*", "adamm", "groups.toml:14: optim.groups.1: algorithm 'adamm' is not known; did you mean adam?"),
-        ("mlp", ".*", "torch.optim.Adamm", "torch.optim.Adamm: Adamm is not in torch.optim; did you mean"),
     ],
 )
 def test_bad_groups(config: Path, tmp_path: Path, rule: str, rest: str, algorithm: str, said: str) -> None:
