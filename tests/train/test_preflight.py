@@ -108,7 +108,7 @@ def test_the_same_run_again(prepare: Prepare) -> None:
     ("override", "line"),
     [
         ("model.d_model=32", "model.d_model was 16, is 32"),
-        ("model.n_kv_heads=1", "model.n_kv_heads was None, is 1"),
+        ("model.n_kv_heads=1", "model.n_kv_heads was not set, is 1"),
         ("model.vocab_size=300", "model.vocab_size was 257, is 300"),
         ("train.seed=3", "train.seed was 0, is 3"),
         ("train.sequence_length=8", "train.sequence_length was 16, is 8"),
