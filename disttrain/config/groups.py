@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_serializer
+from pydantic import AfterValidator, Field, model_serializer
 
 from disttrain.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
 
@@ -203,39 +203,3 @@ class Custom(Group):
     lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.0
     arguments: dict[str, Any] = Field(default_factory=dict)
-
-
-ALGORITHMS: dict[str, type[Group]] = {
-    "sgd": SGD,
-    "momentum": Momentum,
-    "nesterov": Nesterov,
-    "rmsprop": RMSProp,
-    "adam": Adam,
-    "adamw": AdamW,
-    "lion": Lion,
-    "ademamix": AdEMAMix,
-    "adafactor": Adafactor,
-    "schedule_free_adamw": ScheduleFreeAdamW,
-}
-"""By the name that a config gives; a name with a dot is a class of the user's (`Custom`)."""
-
-
-def _tag(group: Any) -> str:
-    name = group.get("algorithm", "adamw") if isinstance(group, dict) else group.algorithm
-    return "custom" if "." in str(name) else str(name)
-
-
-GroupConfig = Annotated[
-    Annotated[SGD, Tag("sgd")]
-    | Annotated[Momentum, Tag("momentum")]
-    | Annotated[Nesterov, Tag("nesterov")]
-    | Annotated[RMSProp, Tag("rmsprop")]
-    | Annotated[Adam, Tag("adam")]
-    | Annotated[AdamW, Tag("adamw")]
-    | Annotated[Lion, Tag("lion")]
-    | Annotated[AdEMAMix, Tag("ademamix")]
-    | Annotated[Adafactor, Tag("adafactor")]
-    | Annotated[ScheduleFreeAdamW, Tag("schedule_free_adamw")]
-    | Annotated[Custom, Tag("custom")],
-    Discriminator(_tag),
-]

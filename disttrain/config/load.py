@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from disttrain.config.groups import ALGORITHMS
+from disttrain.config.algorithms import ALGORITHMS
 from disttrain.config.run import RunConfig
 from disttrain.config.sources import Values, read_values
 from disttrain.errors import UserError
@@ -139,7 +139,7 @@ def _in_words(detail: Any, values: Values) -> str:
         near = difflib.get_close_matches(said, [*ALGORITHMS], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         known = ", ".join(ALGORITHMS)
-        return f"{where}: algorithm {said!r} is not known{hint} ({known}, or a class by its dotted name)"
+        return f"{where}: algorithm {said!r} is not known{hint} ({known}, a package.Class or a package.module:function)"
     if detail["type"] in ("model_type", "model_attributes_type"):
         return f"{where}: a section, written as a [{key}] table (got {detail['input']!r})"
     message = (

@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from disttrain.config.algorithms import ALGORITHMS, GroupConfig
 from disttrain.config.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from disttrain.config.groups import ALGORITHMS, Beta, ClipNorm, Group, GroupConfig, NoClip, StateDtype
+from disttrain.config.groups import Beta, ClipNorm, Group, NoClip, StateDtype
+from disttrain.config.matrix_groups import ExchangeConfig, MatrixGroup
 from disttrain.schedule import Shape
 
 Preset = Literal[
@@ -21,6 +23,10 @@ Preset = Literal[
     "ademamix",
     "adafactor",
     "schedule_free_adamw",
+    "muon",
+    "normuon",
+    "soap",
+    "shampoo",
 ]
 SHARED = ("lr", "weight_decay", "betas", "eps", "state_dtype")
 _NOT_DECAYED = ("role:embeddings", "role:norms", "role:biases")
@@ -35,11 +41,12 @@ def _two_or_three(betas: tuple[float, ...]) -> tuple[float, ...]:
 class OptimConfig(Section):
     """Ordered groups of parameters, each with its algorithm, rate and clipping.
 
-    Without `groups`, the preset's two: embeddings, norms and biases are not decayed, the rest is.
+    Without `groups`, the preset's: embeddings, norms and biases are not decayed, the rest is.
     """
 
     preset: Preset = "adamw"
-    """One algorithm for everything; without effect where `groups` are given."""
+    """One algorithm for everything, or, for those that need matrices, for the hidden matrices, with adamw for the rest;
+    without effect where `groups` are given."""
     lr: PositiveFloat | None = None
     """Peak learning rate; the schedule multiplies it. This and the next four hold for groups that do not say their own;
     where nothing is said, the algorithm's default holds."""
@@ -52,6 +59,7 @@ class OptimConfig(Section):
     with a `clip` of their own are clipped by that instead."""
     groups: Annotated[tuple[GroupConfig, ...], Field(strict=False)] = ()
     """First match wins; every rule must match, and every parameter must be matched."""
+    exchange: ExchangeConfig = Field(default_factory=ExchangeConfig)
 
     @property
     def resolved_groups(self) -> tuple[Group, ...]:
@@ -93,8 +101,13 @@ class ScheduleConfig(Section):
 
 
 def _preset_groups(preset: str) -> tuple[Group, ...]:
-    section = ALGORITHMS[preset]
+    section, rest = ALGORITHMS[preset], preset
+    matrices: tuple[Group, ...] = ()
+    if issubclass(section, MatrixGroup):
+        matrices = (section.model_validate({"name": "matrices", "match": ("role:matrices",), "algorithm": preset}),)
+        section, rest = ALGORITHMS["adamw"], "adamw"
     return (
-        section.model_validate({"name": "no_decay", "match": _NOT_DECAYED, "algorithm": preset, "weight_decay": 0.0}),
-        section.model_validate({"name": "decay", "match": (".*",), "algorithm": preset}),
+        *matrices,
+        section.model_validate({"name": "no_decay", "match": _NOT_DECAYED, "algorithm": rest, "weight_decay": 0.0}),
+        section.model_validate({"name": "decay", "match": (".*",), "algorithm": rest}),
     )
