@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from disttrain.config import ModelConfig, OptimConfig, ParallelDims
-from disttrain.config.groups import ALGORITHMS
+from disttrain.config.algorithms import ALGORITHMS
 from disttrain.config.parallel import ParallelConfig
 from disttrain.distributed.mesh import build_mesh
 from disttrain.models import GPT_PLAN

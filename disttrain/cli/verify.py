@@ -13,12 +13,21 @@ from rich.table import Table
 from disttrain.errors import EXIT_DONE, EXIT_FAILED, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from disttrain.testing.parity import ParityRow
+    from disttrain.testing.pool import RankPool
 
 
 def verify_command(
     nproc: Annotated[int, typer.Option(help="Largest number of processes to try.")] = 2,
     device: Annotated[str, typer.Option(help="cpu (gloo), cuda (nccl, one process per GPU), or auto.")] = "auto",
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Only this algorithm: a name, a class (package.Class) or a function (package.module:update)."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print every cell as {'rows': [...]}.")] = False,
 ) -> None:
     """Check that every layout trains as one process does, in fp64, against a naive reference."""
@@ -27,35 +36,58 @@ def verify_command(
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: must be cpu, cuda or auto")
     from disttrain.distributed.process_group import select_device
-    from disttrain.testing.optimizer_parity import WORLDS as OPTIMIZER_WORLDS
-    from disttrain.testing.optimizer_parity import optimizer_table
-    from disttrain.testing.parity import WORLDS, parity_table
     from disttrain.testing.pool import RankPool
 
-    worlds = tuple(world for world in WORLDS if world <= nproc)
     layouts: list[ParityRow] = []
     optimizers: list[ParityRow] = []
     progress = Console(stderr=True)
-    backend: Literal["cpu", "cuda"] = "cuda" if select_device(device, max(worlds) - 1).type == "cuda" else "cpu"
-    with RankPool(max_world=max(worlds), device=backend) as pool:
-        small = tuple(world for world in OPTIMIZER_WORLDS if world <= nproc)
-        for kept, table in ((layouts, parity_table(pool, worlds)), (optimizers, optimizer_table(pool, small))):
-            for row in table:
-                kept.append(row)
+    backend: Literal["cpu", "cuda"] = "cuda" if select_device(device, min(nproc, 8) - 1).type == "cuda" else "cpu"
+    with RankPool(max_world=min(nproc, 8), device=backend) as pool:
+        for table, rows_of in _tables(pool, nproc, optimizer):
+            for row in rows_of:
+                (layouts if table == "layouts" else optimizers).append(row)
                 if progress.is_terminal:
                     progress.print(f"{len(layouts) + len(optimizers)} cells", end="\r")
     rows = layouts + optimizers
     if as_json:
         print(json.dumps({"rows": [row.contract() for row in rows]}, indent=1))
     else:
-        console = Console(soft_wrap=True)
-        console.print(_table(layouts))
-        if optimizers:
-            console.print(_optimizer_table(optimizers))
-        for row in rows:
-            if not row.passed:
-                console.print(f"failed: {row.strategy}, world {row.world}, {row.case}: {row.max_relative_error:.1e}")
+        _print_tables(layouts, optimizers)
     raise typer.Exit(EXIT_DONE if all(row.passed for row in rows) else EXIT_FAILED)
+
+
+def _print_tables(layouts: list[ParityRow], optimizers: list[ParityRow]) -> None:
+    console = Console(soft_wrap=True)
+    if layouts:
+        console.print(_table(layouts))
+    if optimizers:
+        console.print(_optimizer_table(optimizers))
+    for row in (*layouts, *optimizers):
+        if not row.passed:
+            console.print(f"failed: {row.strategy}, world {row.world}, {row.case}: {row.max_relative_error:.1e}")
+
+
+def _tables(pool: RankPool, nproc: int, optimizer: str | None) -> Iterator[tuple[str, Iterator[ParityRow]]]:
+    """Every table up to `nproc` processes, or those that know `optimizer`. Raises UserError for one that none knows."""
+    from disttrain.testing import matrix_parity, optimizer_parity, parity
+
+    def up_to(worlds: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(world for world in worlds if world <= nproc)
+
+    whole = optimizer is not None and (":" in optimizer or optimizer in matrix_parity.ALGORITHMS)
+    if optimizer is not None and not whole and "." not in optimizer and optimizer not in optimizer_parity.ALGORITHMS:
+        known = ", ".join((*optimizer_parity.ALGORITHMS, *matrix_parity.ALGORITHMS))
+        raise UserError(
+            f"--optimizer {optimizer}: not known; there are {known}, package.Class and package.module:update"
+        )
+    if optimizer is not None and nproc < 2:
+        raise UserError(f"--optimizer {optimizer}: one process has nothing to compare with; set --nproc 2, 4 or 8")
+    if optimizer is None:
+        yield "layouts", parity.parity_table(pool, up_to(parity.WORLDS))
+    if not whole:
+        yield "optimizers", optimizer_parity.optimizer_table(pool, up_to(optimizer_parity.WORLDS), optimizer)
+    if whole or optimizer is None:
+        yield "optimizers", matrix_parity.matrix_table(pool, up_to(matrix_parity.WORLDS), optimizer)
 
 
 def _table(rows: list[ParityRow]) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 from disttrain.config import OptimConfig
 from disttrain.config.groups import Custom, Group
+from disttrain.config.matrix_groups import ExchangeConfig, MatrixGroup
+from disttrain.errors import UserError
 from disttrain.models import ShardingPlan
 from disttrain.optim.adafactor import Adafactor
 from disttrain.optim.adapter import AdaptedOptimizer, self_test
 from disttrain.optim.elementwise import AdEMAMix, Lion, ScheduleFreeAdamW
+from disttrain.optim.matrix_optimizer import MatrixOptimizer
+from disttrain.optim.matrix_split import matrix_problems
 from disttrain.optim.optimizer_set import OptimizerSet
 from disttrain.optim.param_groups import assign_groups
 from disttrain.optim.state_precision import LowPrecisionStates
@@ -29,13 +33,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig, plan: ShardingPlan, *
     not work on shards, on every rank alike.
     """
     assigned = assign_groups(model.named_parameters(), config.resolved_groups, plan.roles, not config.groups)
+    _check_matrices(assigned, plan)
     names = {parameter: name for _, members in assigned for name, parameter in members.items()}
     kinds: dict[str, Groups] = {}
     for group, members in assigned:
         # One optimizer for all groups that agree in what is not a group's own hyperparameter.
         kind = repr((group.algorithm, getattr(group, "state_dtype", None), getattr(group, "arguments", None)))
         kinds.setdefault(kind, []).append(_torch_group(group, list(members.values())))
-    return OptimizerSet([_build(groups, names, seed) for groups in kinds.values()], names)
+    return OptimizerSet([_build(groups, names, seed, config.exchange) for groups in kinds.values()], names)
 
 
 def set_learning_rate(optimizer: OptimizerSet, factor: float) -> None:
@@ -44,13 +49,28 @@ def set_learning_rate(optimizer: OptimizerSet, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
+def _check_matrices(assigned: Sequence[tuple[Group, Mapping[str, nn.Parameter]]], plan: ShardingPlan) -> None:
+    problems = [
+        problem
+        for group, members in assigned
+        if isinstance(group, MatrixGroup)
+        for problem in matrix_problems(
+            group, {name: parameter.shape for name, parameter in members.items()}, plan.roles.get("embeddings")
+        )
+    ]
+    if problems:
+        raise UserError(problems)
+
+
 def _torch_group(group: Group, parameters: list[nn.Parameter]) -> dict[str, Any]:
     settings = {key: getattr(group, key) for key in _HYPERPARAMETERS if hasattr(group, key)}
     return {"name": group.name, "params": parameters, "initial_lr": group.lr, "config": group, **settings}
 
 
-def _build(groups: Groups, names: Mapping[nn.Parameter, str], seed: int) -> Any:
+def _build(groups: Groups, names: Mapping[nn.Parameter, str], seed: int, exchange: ExchangeConfig) -> Any:
     config: Group = groups[0]["config"]
+    if isinstance(config, MatrixGroup):
+        return MatrixOptimizer(groups, names, exchange)
     if isinstance(config, Custom):
         self_test(config)
         return AdaptedOptimizer(groups)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from disttrain.config.groups import Group
+from disttrain.config.matrix_groups import SOAP
 from disttrain.optim.elementwise import ScheduleFreeAdamW
+from disttrain.optim.matrix_optimizer import MatrixOptimizer
 from disttrain.optim.state_precision import LowPrecisionStates
 
 
@@ -46,6 +48,15 @@ class OptimizerSet:
     def groups(self) -> list[tuple[Group, list[str]]]:
         """Each group's section and the names of its parameters."""
         return [(group["config"], [self._names[p] for p in group["params"]]) for group in self.param_groups]
+
+    @property
+    def matrix_optimizers(self) -> list[MatrixOptimizer]:
+        return [optimizer for optimizer in self.optimizers if isinstance(optimizer, MatrixOptimizer)]
+
+    @property
+    def looking_steps(self) -> int:
+        """Steps in which some algorithm moves nothing yet."""
+        return int(any(isinstance(group["config"], SOAP) for group in self.param_groups))
 
     def step(self, skip: Tensor | None = None) -> None:
         """Update every parameter, or none where the scalar `skip` is not 0."""

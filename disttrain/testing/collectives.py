@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +32,8 @@ class CollectiveCounter(TorchDispatchMode):
         super().__init__()
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
+        """Bytes that this rank sends to others, of all-to-alls and broadcasts (to each of the group once)."""
 
     def __torch_dispatch__(
         self,
@@ -45,4 +48,18 @@ class CollectiveCounter(TorchDispatchMode):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             self.calls[kind] += 1
             self.bytes[kind] += max((t.numel() * t.element_size() for t in tensors), default=0)
+            self.sent[kind] += _sent_bytes(name, args)
         return func(*args, **(kwargs or {}))
+
+
+def _sent_bytes(name: str, args: Sequence[Any]) -> int:
+    if name == "alltoall_base_":
+        _, sent, group, _, splits = args[:5]
+        group = dist.ProcessGroup.unbox(group)
+        kept = splits[group.rank()] if splits else len(sent) // group.size()
+        return (len(sent) - kept) * sent[:1].numel() * sent.element_size()
+    if name == "broadcast_":
+        (tensor, *_), group, root = args[:3]
+        group = dist.ProcessGroup.unbox(group)
+        return (group.size() - 1) * tensor.numel() * tensor.element_size() * (group.rank() == root)
+    return 0

@@ -16,6 +16,7 @@ from disttrain.distributed.mesh import build_mesh
 from disttrain.engines import NativeEngine
 from disttrain.models import GPT_PLAN, ShardingPlan, init_parameters
 from disttrain.optim import OptimizerSet, build_optimizer, set_learning_rate
+from disttrain.optim.param_groups import assign_groups
 from disttrain.parallel.fsdp import apply_fsdp
 from disttrain.testing.parity import (
     LENGTH,
@@ -72,11 +73,16 @@ CLIPS: dict[str, dict[str, Any]] = {
 Spoil = Callable[[OptimizerSet], None]
 
 
-def optimizer_table(pool: RankPool, worlds: tuple[int, ...] = WORLDS) -> Iterator[ParityRow]:
-    """A row for each algorithm on drawn gradients, for each in training, and for each clipping under AdamW."""
+def optimizer_table(
+    pool: RankPool, worlds: tuple[int, ...] = WORLDS, algorithm: str | None = None
+) -> Iterator[ParityRow]:
+    """A row for each algorithm on drawn gradients, for each in training, and for each clipping under AdamW.
+
+    With `algorithm`, only its rows; it may be a class of the user's.
+    """
     for world in worlds:
         for strategy, settings in STRATEGIES.items():
-            job = {"device": pool.device, "settings": settings}
+            job = {"device": pool.device, "settings": settings, "algorithm": algorithm}
             drawn = pool.run("disttrain.testing.optimizer_parity:synthetic_job", world, 120, **job)[0]
             for name, error in drawn.items():
                 yield ParityRow(strategy, world, f"{name}, drawn gradients", "parameters", error, SYNTHETIC_TOLERANCE)
@@ -96,42 +102,58 @@ def optim_of(algorithm: str, settings: dict[str, Any], split: str, clip: dict[st
 
 
 def synthetic_job(
-    rank: int, world: int, device: str, settings: dict[str, Any], spoil: Spoil = lambda optimizer: None
+    rank: int,
+    world: int,
+    device: str,
+    settings: dict[str, Any],
+    spoil: Spoil = lambda optimizer: None,
+    algorithm: str | None = None,
 ) -> dict[str, float]:
     """The largest error of every algorithm after steps with the same drawn gradients on every layout."""
     errors = {}
-    for name, own in ALGORITHMS.items():
+    for name, own in _chosen(algorithm).items():
         optim = optim_of(name, own, "square|vector", CLIPS["nothing"])
-        errors[name] = _synthetic(world, place(device, rank), settings, optim, spoil)
+        errors[name] = synthetic_error(world, place(device, rank), settings, optim, spoil)
     return errors
 
 
-def training_job(rank: int, world: int, device: str, settings: dict[str, Any]) -> dict[str, float]:
+def training_job(
+    rank: int, world: int, device: str, settings: dict[str, Any], algorithm: str | None = None
+) -> dict[str, float]:
     """The largest error of the weights after training a GPT: every algorithm at one clip, every clip under AdamW."""
-    cells = {name: (name, own, CLIPS["norm of all"]) for name, own in ALGORITHMS.items()}
-    cells |= {f"clip: {name}": ("adamw", ALGORITHMS["adamw"], clip) for name, clip in CLIPS.items()}
+    cells = {name: (name, own, CLIPS["norm of all"]) for name, own in _chosen(algorithm).items()}
+    if algorithm is None:
+        cells |= {f"clip: {name}": ("adamw", ALGORITHMS["adamw"], clip) for name, clip in CLIPS.items()}
     return {
-        name: _training(rank, world, place(device, rank), settings, optim_of(algorithm, own, "role:matrices", clip))
+        name: training_error(
+            rank, world, place(device, rank), settings, optim_of(algorithm, own, "role:matrices", clip)
+        )
         for name, (algorithm, own, clip) in cells.items()
     }
 
 
-class Toys(nn.Module):
-    """Parameters of every awkward shape, in fp64, cut as a strategy cuts a model."""
+def _chosen(algorithm: str | None) -> dict[str, dict[str, Any]]:
+    return ALGORITHMS if algorithm is None else {algorithm: ALGORITHMS.get(algorithm, {"lr": 1e-2})}
 
-    def __init__(self, world: int, device: torch.device, parallel: ParallelConfig) -> None:
+
+class Toys(nn.Module):
+    """Parameters of every awkward shape, cut as a strategy cuts a model."""
+
+    def __init__(
+        self, world: int, device: torch.device, parallel: ParallelConfig, dtype: torch.dtype = torch.float64
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
         for name, shape in SHAPES.items():
             whole = torch.randn(shape, generator=generator, dtype=torch.float64)
-            self.register_parameter(name, nn.Parameter(whole.to(device)))
+            self.register_parameter(name, nn.Parameter(whole.to(device, dtype)))
         if parallel.strategy != "ddp":
             dims = ParallelDims.resolve(parallel.strategy, parallel.dp_replicate, parallel.dp_shard, world)
             apply_fsdp(self, build_mesh(dims, device.type), ShardingPlan((), {}, ()), parallel)
 
     def set_gradients(self, gradients: dict[str, Tensor]) -> None:
         for name, parameter in self.named_parameters():
-            gradient = gradients[name].to(parameter.device)
+            gradient = gradients[name].to(parameter.device, parameter.dtype)
             if isinstance(parameter, DTensor):
                 gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
             parameter.grad = gradient
@@ -146,7 +168,14 @@ def drawn_gradients(step: int) -> dict[str, Tensor]:
     return gradients
 
 
-def _synthetic(world: int, device: torch.device, settings: dict[str, Any], optim: OptimConfig, spoil: Spoil) -> float:
+def synthetic_error(
+    world: int,
+    device: torch.device,
+    settings: dict[str, Any],
+    optim: OptimConfig,
+    spoil: Spoil = lambda optimizer: None,
+) -> float:
+    """The largest relative error of the weights after steps with drawn gradients."""
     toys = Toys(world, device, ParallelConfig(**settings))
     start = gather_whole(dict(toys.named_parameters()))
     optimizer = build_optimizer(toys, optim, GPT_PLAN)
@@ -161,7 +190,8 @@ def _synthetic(world: int, device: torch.device, settings: dict[str, Any], optim
     return _error(dict(toys.named_parameters()), optimizer, reference)
 
 
-def _training(rank: int, world: int, device: torch.device, settings: dict[str, Any], optim: OptimConfig) -> float:
+def training_error(rank: int, world: int, device: torch.device, settings: dict[str, Any], optim: OptimConfig) -> float:
+    """The largest relative error of a GPT's weights after training; judged by rank 0, the others return zero."""
     parallel = ParallelConfig(**settings)
     gpt, model = parity_model(MODELS["modern"], world, device, parallel)
     optimizer = build_optimizer(gpt, optim, GPT_PLAN)
@@ -181,7 +211,10 @@ def _trained_alone(optim: str) -> dict[str, Tensor]:
     gpt = build_gpt(MODELS["modern"], LENGTH, torch.device("cpu"), torch.float64)
     init_parameters(gpt, seed=0)
     start = {name: parameter.detach() for name, parameter in gpt.named_parameters()}
-    groups = build_optimizer(gpt, OptimConfig.model_validate_json(optim, strict=False), GPT_PLAN).groups
+    sections = OptimConfig.model_validate_json(optim, strict=False).resolved_groups
+    # Only the rules: building optimizers may need the other ranks.
+    assigned = assign_groups(gpt.named_parameters(), sections, GPT_PLAN.roles)
+    groups = [(group, list(members)) for group, members in assigned]
     batches = [global_batch(step) for step in range(STEPS)]
     return reference_training(MODELS["modern"], groups, start, batches)[1]
 

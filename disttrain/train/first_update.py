@@ -16,17 +16,20 @@ class FirstUpdate:
     def __init__(self, optimizer: OptimizerSet, output: RunOutput) -> None:
         self.optimizer, self.output = optimizer, output
         self._check: MovementCheck | None = None
-        self._done = False
+        self._left = 1 + optimizer.looking_steps
 
     def before(self) -> None:
-        if not self._done:
+        if self._left == 1:
             self._check = MovementCheck(self.optimizer.named_parameters)
 
     def after(self, update: UpdateResult) -> None:
         """A step that was skipped (fp16 looks for its loss scale) shows nothing: the next one is looked at."""
-        if self._check is None or bool(update.skipped):
+        if not self._left or bool(update.skipped):
             return
-        unmoved, self._check, self._done = self._check.dist_unmoved(), None, True
+        self._left -= 1
+        if self._check is None:
+            return
+        unmoved, self._check = self._check.dist_unmoved(), None
         if not unmoved:
             return
         norms = dict(zip(self.optimizer.parameter_names, update.norms.parameters.tolist(), strict=True))

@@ -69,8 +69,8 @@ class RunFolder:
     def write_config(self, config: RunConfig) -> None:
         self._write_json("config.json", config.model_dump(mode="json"))
 
-    def write_ownership(self, rows: list[dict[str, Any]]) -> None:
-        self._write_json("ownership.json", {"parameters": rows})
+    def write_ownership(self, rows: list[dict[str, Any]], exchanges: list[list[str]]) -> None:
+        self._write_json("ownership.json", {"parameters": rows, "matrix_exchanges": exchanges})
 
     def add_sample(self, step: int, text: str) -> None:
         with (self.path / "samples.txt").open("a", encoding="utf-8") as file:

@@ -15,7 +15,6 @@ from disttrain.data.loader import validation_batches
 from disttrain.distributed.env import Ranks
 from disttrain.flops import training_flops_per_token
 from disttrain.monitor import MetricBuffer
-from disttrain.optim.ownership import ownership
 from disttrain.parallel import device_notes, parameters_will_change
 from disttrain.resilience import StopRequest
 from disttrain.schedule import lr_factor
@@ -76,7 +75,7 @@ class TrainingLoop:
         self.position, notes = self._begin(manager)
         notes += device_notes(run.config.parallel, device) + room_note(manager, self.parts.engine.state())
         self.output = RunOutput(run, ranks, self.position.step, notes)
-        self.output.announce(ownership(self.parts.optimizer))
+        self.output.announce(self.parts.optimizer)
         self.first_update = FirstUpdate(self.parts.optimizer, self.output)
         self.checkpoints = RunCheckpoints(manager, section, self.output)
         self.first_step = self.logged_step = self.position.step

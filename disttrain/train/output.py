@@ -5,7 +5,8 @@ from __future__ import annotations
 from disttrain.checkpoint.manager import Saved
 from disttrain.distributed.env import Ranks
 from disttrain.monitor import ConsoleSink, JsonlSink
-from disttrain.optim.ownership import Ownership, ownership_record, ownership_table
+from disttrain.optim import OptimizerSet
+from disttrain.optim.ownership import ownership, ownership_record, ownership_table
 from disttrain.train.folder import State, disk_errors
 from disttrain.train.preflight import PreparedRun
 
@@ -32,13 +33,18 @@ class RunOutput:
         if self.console is not None:
             self.console.say(text)
 
-    def announce(self, rows: list[Ownership]) -> None:
-        """Who owns which parameter: all of it in the run folder, in brief on the console."""
-        if self.console is not None:
-            with disk_errors(self.folder.path):
-                self.folder.write_ownership(ownership_record(rows))
-            for line in ownership_table(rows):
-                self.console.say(line)
+    def announce(self, optimizer: OptimizerSet) -> None:
+        """Who owns which parameter, and computes which matrix: all of it in the run folder, in brief on the console."""
+        if self.console is None:
+            return
+        rows, exchanges = ownership(optimizer), optimizer.matrix_optimizers
+        tables = [plan.table() for exchange in exchanges for plan in exchange.plans]
+        with disk_errors(self.folder.path):
+            self.folder.write_ownership(ownership_record(rows), tables)
+        for line in ownership_table(rows):
+            self.console.say(line)
+        for line in (line for exchange in exchanges for line in exchange.describe()):
+            self.console.say(line)
 
     def log(self, record: dict[str, float]) -> None:
         if self.console is not None:

@@ -16,6 +16,7 @@ from disttrain.config import OptimConfig
 from disttrain.config.parallel import ParallelConfig
 from disttrain.models import GPT_PLAN
 from disttrain.optim import OptimizerSet, build_optimizer, set_learning_rate
+from disttrain.testing.matrix_parity import CASES, synthetic_optim
 from disttrain.testing.optimizer_parity import ALGORITHMS, LR_FACTORS, Toys, drawn_gradients, optim_of
 
 CPU = torch.device("cpu")
@@ -24,10 +25,13 @@ CLIP = {"kind": "none"}
 
 
 def cases() -> dict[str, OptimConfig]:
-    """Every algorithm; narrow states; a class that is not ours."""
+    """Every algorithm; narrow states; state that only the owner of a matrix has; a class that is not ours."""
     optims = {name: optim_of(name, own, "square|vector", CLIP) for name, own in ALGORITHMS.items()}
     for name, dtype in (("adamw", "bf16"), ("lion", "bf16"), ("momentum", "int8")):
         optims[f"{name} {dtype}"] = optim_of(name, ALGORITHMS[name] | {"state_dtype": dtype}, "square|vector", CLIP)
+    for name, case in CASES.items():
+        optims[name] = synthetic_optim(case, "auto")
+    optims["soap, computed once"] = synthetic_optim(CASES["soap"], "spread")
     optims["torch.optim.NAdam"] = optim_of("torch.optim.NAdam", {"lr": 1e-2}, "square|vector", CLIP)
     optims["torch.optim.Adadelta"] = optim_of("torch.optim.Adadelta", {"lr": 1e-1}, "square|vector", CLIP)
     return optims

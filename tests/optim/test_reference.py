@@ -13,7 +13,8 @@ import torch
 from jax import numpy as jnp
 from torch import Tensor, nn
 
-from disttrain.config.groups import ALGORITHMS, Group
+from disttrain.config.algorithms import ALGORITHMS
+from disttrain.config.groups import Group
 from disttrain.testing.reference import ReferenceOptimizer
 
 STEPS = 25

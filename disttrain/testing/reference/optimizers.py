@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from disttrain.config.groups import ClipNorm, ClipValue, Group
+from disttrain.config.groups import ClipNorm, ClipValue, Custom, Group
+from disttrain.config.matrix_groups import MatrixGroup
+from disttrain.testing.reference.matrices import matrix_step
 
 Gradients = Mapping[str, Tensor]
 Memory = dict[str, Any]
-"""What one parameter's algorithm remembers; begins empty."""
+"""What one parameter's algorithm remembers; begins with the parameter's name."""
 
 
 class ReferenceOptimizer:
@@ -22,14 +26,14 @@ class ReferenceOptimizer:
     def __init__(self, groups: Sequence[tuple[Group, Sequence[str]]], weights: Mapping[str, Tensor]) -> None:
         self.owner = {name: group for group, names in groups for name in names}
         self.weights = {name: weight.detach().clone() for name, weight in weights.items()}
-        self.memory: dict[str, Memory] = {name: {} for name in weights}
+        self.memory: dict[str, Memory] = {name: {"name": name} for name in weights}
         self.t = 0
 
     def step(self, gradients: Gradients, lr_factor: float = 1.0) -> None:
         self.t += 1
         for name, gradient in gradients.items():
             group = self.owner[name]
-            update = _UPDATES[group.algorithm]
+            update = matrix_step if isinstance(group, MatrixGroup) else _UPDATES.get(group.algorithm, _foreign)
             lr = group.lr * lr_factor
             self.weights[name] = update(group, self.memory[name], self.weights[name], gradient, lr, self.t)
 
@@ -145,6 +149,22 @@ def _schedule_free(group: Any, memory: Memory, weight: Tensor, gradient: Tensor,
     memory["z"] = z - lr * direction
     memory["x"] = x + share / memory["sum"] * (memory["z"] - x)
     return (1 - beta1) * memory["z"] + beta1 * memory["x"]
+
+
+def _foreign(group: Custom, memory: Memory, weight: Tensor, gradient: Tensor, lr: float, t: int) -> Tensor:
+    """The user's own class, on the whole tensor."""
+    parameter = memory.setdefault("parameter", nn.Parameter(weight.clone()))
+    if "optimizer" not in memory:
+        path, _, name = group.algorithm.rpartition(".")
+        kind = getattr(import_module(path), name)
+        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in group.arguments.items()}
+        if "weight_decay" in signature(kind).parameters:
+            arguments["weight_decay"] = group.weight_decay
+        memory["optimizer"] = kind([parameter], lr=lr, **arguments)
+    memory["optimizer"].param_groups[0]["lr"] = lr
+    parameter.grad = gradient.clone()
+    memory["optimizer"].step()
+    return parameter.detach().clone()
 
 
 _UPDATES: dict[str, Callable[[Any, Memory, Tensor, Tensor, float, int], Tensor]] = {
