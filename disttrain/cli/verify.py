@@ -82,6 +82,8 @@ def _tables(pool: RankPool, nproc: int, optimizer: str | None) -> Iterator[tuple
         )
     if optimizer is not None and nproc < 2:
         raise UserError(f"--optimizer {optimizer}: one process has nothing to compare with; set --nproc 2, 4 or 8")
+    if optimizer is not None:
+        matrix_parity.check_importable(optimizer)
     if optimizer is None:
         yield "layouts", parity.parity_table(pool, up_to(parity.WORLDS))
     if not whole:
@@ -108,7 +110,8 @@ def _optimizer_table(rows: list[ParityRow]) -> Table:
     """One line per algorithm or clipping and world, with the worst of its cells over strategies."""
     table = Table(title=f"optimizers and clipping: {sum(row.passed for row in rows)} of {len(rows)} cells passed")
     kinds = {row.case.rsplit(", ", 1)[1]: row.tolerance for row in rows}
-    for column in ("", "world", *(f"{kind} (at most {tolerance:.0e})" for kind, tolerance in kinds.items()), ""):
+    table.add_column("", overflow="fold")
+    for column in ("world", *(f"{kind} (at most {tolerance:.0e})" for kind, tolerance in kinds.items()), ""):
         table.add_column(column)
     for name in dict.fromkeys(row.case.rsplit(", ", 1)[0] for row in rows):
         for world in dict.fromkeys(row.world for row in rows):

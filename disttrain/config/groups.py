@@ -85,7 +85,8 @@ class Group(Section):
         """The hyperparameters in one line."""
         skipped = ("name", "match", "clip", "algorithm", "lr")
         values = {key: getattr(self, key) for key in type(self).model_fields if key not in skipped}
-        return f"lr {self.lr:g}, " + ", ".join(f"{key} {value}" for key, value in values.items())
+        said = [f"{key} {value}" for key, value in values.items() if value not in ((), {})]
+        return f"lr {self.lr:g}, " + ", ".join(said)
 
 
 class SGD(Group):

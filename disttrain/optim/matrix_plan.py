@@ -127,13 +127,15 @@ class MatrixPlan:
 
     def summary(self) -> str:
         """One line."""
-        matrices = sum(unit.elements for unit in self.units)
-        how = f"{self.shards} shards" if self.replicas == 1 else f"{self.replicas} copies of {self.shards} shards"
+        elements = sum(unit.elements for unit in self.units)
+        how = _count(self.shards, "shard", "shards")
+        how = how if self.replicas == 1 else f"{self.replicas} copies of {how}"
         once = (
             "" if self.replicas == 1 else ", each matrix computed once" if self.spread else ", each copy computes all"
         )
         return (
-            f"{len(self.units)} matrices ({matrices:,} elements) over {how}{once}: {len(self.buckets)} buckets, "
+            f"{_count(len(self.units), 'matrix', 'matrices')} ({elements:,} elements) over {how}{once}: "
+            f"{_count(len(self.buckets), 'bucket', 'buckets')}, "
             f"{self.total_sent_bytes / 1e6:,.1f} MB sent a step by all, dearest owner {self.imbalance:.2f} of the mean"
         )
 
@@ -146,6 +148,10 @@ class MatrixPlan:
                 names = ", ".join(f"{u.name} {u.shape[0]}x{u.shape[1]}" for u in owned) or "-"
                 lines.append(f"{number:>6}  {owner:>5}  {load / 1e9:<8.3g}  {names}")
         return lines
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def build_plan(

@@ -5,6 +5,7 @@ Anybody's function may be one: `update(matrix, state, **arguments) -> matrix`, n
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -37,7 +38,7 @@ class MatrixUpdate:
     flops: Callable[[int, int], float] = lambda rows, columns: float(rows * columns * min(rows, columns))
     """Operations for a matrix of rows x columns: what owners are balanced by."""
     batched: bool = False
-    """Whether the function takes stacks [N, A, B] of matrices, with stacked states."""
+    """Whether the function takes stacks [N, A, B] of matrices, with stacked states, beside single ones."""
     wire_dtype: torch.dtype | None = None
     """In what matrices may travel without a bit of difference; None for the parameter's own."""
 
@@ -118,11 +119,11 @@ def _find(algorithm: str) -> Any:
     try:
         module = importlib.import_module(path)
     except Exception as error:
-        raise UserError(f"{algorithm}: cannot import {path}: {error}") from error
+        hint = "; install it, or set PYTHONPATH to the folder that it is in" if isinstance(error, ImportError) else ""
+        raise UserError(f"{algorithm}: cannot import {path}: {error}{hint}") from error
     if not hasattr(module, name):
-        raise UserError(
-            f"{algorithm}: {path} has no {name}; it has {', '.join(k for k in vars(module) if k[0] != '_')}"
-        )
+        near = difflib.get_close_matches(name, vars(module), n=1)
+        raise UserError(f"{algorithm}: {path} has no {name}" + (f"; did you mean {path}:{near[0]}?" if near else ""))
     return getattr(module, name)
 
 
@@ -131,27 +132,33 @@ def _self_test(algorithm: str, update: MatrixUpdate) -> None:
     """Three steps on toy matrices, twice: what an owner does must depend on nothing but matrix and state."""
     generator = torch.Generator().manual_seed(0)
     for shape in _TOYS:
-        gradients = [torch.randn(shape, generator=generator) for _ in range(3)]
+        gradients = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+        size = f"{shape[0]}x{shape[1]}"
         try:
             first, again = (_toy_run(algorithm, update, gradients) for _ in range(2))
+            stacked = (
+                _toy_run(algorithm, update, torch.stack([gradients] * 2, dim=1))[:, 1] if update.batched else first
+            )
         except UserError:
             raise
         except Exception as error:
-            raise UserError(
-                f"{algorithm}: {type(error).__name__} on a {shape[0]}x{shape[1]} matrix: {error}"
-            ) from error
+            raise UserError(f"{algorithm}: {type(error).__name__} on a {size} matrix: {error}") from error
         if not torch.equal(first, again):
-            raise UserError(f"{algorithm}: two runs on the same {shape[0]}x{shape[1]} matrices differ: it must be pure")
+            raise UserError(f"{algorithm}: two runs on the same {size} matrices differ: it must be pure")
+        if not torch.allclose(first, stacked, rtol=1e-9, atol=1e-12):
+            raise UserError(
+                f"{algorithm}: it says batched, and a stack of {size} matrices gives others than one by one"
+            )
 
 
-def _toy_run(algorithm: str, update: MatrixUpdate, gradients: list[Tensor]) -> Tensor:
-    expected = update.initial_state(torch.empty(gradients[0].shape, device="meta"))
-    state = update.initial_state(torch.zeros(gradients[0].shape))
+def _toy_run(algorithm: str, update: MatrixUpdate, gradients: Tensor) -> Tensor:
+    """The directions for `gradients` [steps, A, B], or of stacks [steps, N, A, B]."""
+    shape = gradients.shape[-2:]
+    expected = update.initial_state(torch.empty(shape, device="meta"))
+    state = update.initial_state(torch.zeros(shape, dtype=gradients.dtype))
     if shapes := [key for key in state if key not in expected or state[key].shape != expected[key].shape]:
         raise UserError(f"{algorithm}: initial_state gives other {', '.join(shapes)} for a meta tensor")
-    directions = []
-    for step, gradient in enumerate(gradients, start=1):
-        seen = gradient.clone()
-        matrix, stacked = (seen[None], {k: v[None] for k, v in state.items()}) if update.batched else (seen, state)
-        directions.append(update(algorithm, matrix, stacked, torch.tensor(float(step))).reshape(gradient.shape))
-    return torch.stack(directions)
+    if gradients.dim() == 4:
+        state = {key: torch.stack([value] * gradients.shape[1]) for key, value in state.items()}
+    steps = enumerate(gradients, start=1)
+    return torch.stack([update(algorithm, g.clone(), state, torch.tensor(float(step))) for step, g in steps])

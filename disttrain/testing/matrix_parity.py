@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from disttrain.config import OptimConfig
+from disttrain.config.groups import Custom
+from disttrain.config.matrix_groups import CustomMatrix
+from disttrain.optim.adapter import self_test
+from disttrain.optim.matrix_updates import matrix_update
 from disttrain.testing.optimizer_parity import (
     CLIPS,
     STRATEGIES,
@@ -56,6 +62,15 @@ def matrix_cases(algorithm: str | None = None) -> dict[str, dict[str, Any]]:
         return CASES
     known = {name: case for name, case in CASES.items() if case["algorithm"] == algorithm}
     return known or {algorithm: {"algorithm": algorithm, "lr": 0.02}}
+
+
+def check_importable(algorithm: str) -> None:
+    """Try a function or class of the user's in this process, before any rank starts; UserError if it cannot work."""
+    common: dict[str, Any] = {"name": "user", "match": (".*",), "algorithm": algorithm}
+    if ":" in algorithm:
+        matrix_update(CustomMatrix.model_validate(common), torch.float64, torch.device("cpu"))
+    elif "." in algorithm:
+        self_test(Custom.model_validate(common))
 
 
 def matrix_table(pool: RankPool, worlds: tuple[int, ...] = WORLDS, algorithm: str | None = None) -> Iterator[ParityRow]:

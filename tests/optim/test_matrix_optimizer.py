@@ -179,7 +179,7 @@ def test_alone_without_any_process_group() -> None:
         weight.grad = torch.ones_like(weight)
         optimizer.step()
     assert not torch.equal(weight.detach(), torch.eye(3, dtype=torch.float64))
-    assert "1 matrices (9 elements) over 1 shards" in optimizer.describe()[0]
+    assert "1 matrix (9 elements) over 1 shard" in optimizer.describe()[0]
 
 
 def test_copies_say_why_they_share_the_computation(pool: RankPool) -> None:

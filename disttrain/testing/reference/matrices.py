@@ -110,14 +110,12 @@ def _custom(group: Any, memory: Memory, gradient: Tensor, t: int) -> Tensor:
     path, _, name = group.algorithm.partition(":")
     found = getattr(importlib.import_module(path), name)
     update: Any = found() if inspect.isclass(found) else found
-    stacked = getattr(update, "batched", False)
     if "state" not in memory:
-        state = update.initial_state(gradient * 0) if hasattr(update, "initial_state") else {}
-        memory["state"] = {key: value[None] if stacked else value for key, value in state.items()}
+        memory["state"] = update.initial_state(gradient * 0) if hasattr(update, "initial_state") else {}
     seen = {**memory["state"], "step": torch.tensor(float(t))}
-    direction = update(gradient[None] if stacked else gradient.clone(), seen, **group.arguments)
+    direction = update(gradient.clone(), seen, **group.arguments)
     memory["state"] = {key: value for key, value in seen.items() if key != "step"}
-    return direction.reshape(gradient.shape)
+    return direction
 
 
 _DIRECTIONS: dict[str, Callable[[Any, Memory, Tensor, int], Tensor]] = {
