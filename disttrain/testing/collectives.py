@@ -8,15 +8,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _KINDS = {
-    "all_gather": ("_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_", "all_gather_single_"),
-    "reduce_scatter": ("_reduce_scatter_base_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_"),
-    "all_reduce": ("allreduce_", "allreduce_coalesced_"),
+    "all_gather": (
+        "all_gather_into_tensor",
+        "_allgather_base_",
+        "allgather_",
+        "allgather_into_tensor_coalesced_",
+        "all_gather_single_",
+    ),
+    "reduce_scatter": (
+        "reduce_scatter_tensor",
+        "_reduce_scatter_base_",
+        "reduce_scatter_",
+        "reduce_scatter_tensor_coalesced_",
+    ),
+    "all_reduce": ("all_reduce", "allreduce_", "allreduce_coalesced_"),
     "broadcast": ("broadcast_",),
-    "all_to_all": ("alltoall_", "alltoall_base_"),
+    "all_to_all": ("all_to_all_single", "alltoall_", "alltoall_base_"),
 }
 _KIND_OF = {operation: kind for kind, operations in _KINDS.items() for operation in operations}
 
@@ -42,14 +54,19 @@ class CollectiveCounter(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if getattr(func, "namespace", "") == "c10d":
-            name = func.__name__.split(".")[0]
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what a DTensor sends is in the operations that it becomes
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        namespace = getattr(func, "namespace", "")
+        # DTensor's own namespace has helpers besides.
+        if namespace == "c10d" or (namespace == "_c10d_functional" and name in _KIND_OF):
             kind = _KIND_OF.get(name, name)
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
             self.calls[kind] += 1
             self.bytes[kind] += max((t.numel() * t.element_size() for t in tensors), default=0)
             self.sent[kind] += _sent_bytes(name, args)
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 def _sent_bytes(name: str, args: Sequence[Any]) -> int:

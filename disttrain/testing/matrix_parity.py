@@ -38,17 +38,17 @@ LAYOUTS: dict[str, Layout] = {
 """Settings of a strategy, and who computes where several processes hold the same shard."""
 _SPLIT = [{"match": "tall", "sizes": [5, 4, 2]}, {"match": "wide", "sizes": 2, "dim": 1}]
 
+_MUON = {"algorithm": "muon", "lr": 0.02, "compute_dtype": "parameter"}
 CASES: dict[str, dict[str, Any]] = {
-    "muon": {"algorithm": "muon", "lr": 0.02},
+    "muon": _MUON,
     "muon (keller5, heavy ball)": {
-        "algorithm": "muon",
-        "lr": 0.02,
+        **_MUON,
         "coefficients": "keller5",
         "nesterov": False,
         "lr_scale": "original",
     },
-    "muon (split)": {"algorithm": "muon", "lr": 0.02, "split": _SPLIT, "lr_scale": "spectral"},
-    "normuon": {"algorithm": "normuon", "lr": 0.02},
+    "muon (split)": {**_MUON, "split": _SPLIT, "lr_scale": "spectral"},
+    "normuon": {**_MUON, "algorithm": "normuon"},
     "soap": {"algorithm": "soap", "lr": 0.01, "every": 2},
     # A root of a nearly singular matrix magnifies rounding by ridge^(-1/4).
     "shampoo": {"algorithm": "shampoo", "lr": 0.01, "every": 2, "ridge": 1e-4},

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from disttrain.testing import RankPool
+from disttrain.testing.matrix_parity import CASES
 from disttrain.testing.optimizer_parity import STRATEGIES
 
 JOBS = "tests.optim.evaluation_jobs:"
@@ -25,7 +26,14 @@ def test_an_evaluation_uses_the_average_and_changes_no_bit(pool: RankPool, name:
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "hsdp"])
-def test_only_adafactor_communicates_and_twice(pool: RankPool, name: str) -> None:
+def test_element_wise_updates_send_nothing_and_the_others_twice(pool: RankPool, name: str) -> None:
+    """Matrices travel to their owners and back, whatever their number; where all is everywhere, owners broadcast."""
     counted = pool.run(JOBS + "collectives", 4, settings=STRATEGIES[name])[0]
-    sharded = {} if name == "ddp" else {"all_reduce": 2}
-    assert counted == {case: sharded if case == "adafactor" else {} for case in counted}
+    sharded = name != "ddp"
+    expected: dict[str, dict[str, int]] = {case: {} for case in counted}
+    expected["adafactor"] = {"all_reduce": 2} if sharded else {}
+    expected |= {case: {"all_to_all": 2} if sharded else {} for case in CASES}
+    once = counted.pop("soap, computed once")
+    assert counted == {case: calls for case, calls in expected.items() if case in counted}
+    assert once.get("all_to_all", 0) == 2 * sharded
+    assert once.get("broadcast", 0) == {"ddp": 4, "hsdp": 2}.get(name, 0)

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from disttrain.config import OptimConfig
 from disttrain.config.parallel import ParallelConfig
 from disttrain.models import GPT_PLAN
-from disttrain.optim import build_optimizer
+from disttrain.optim import build_optimizer, matrix_optimizer
 from disttrain.optim.stochastic_rounding import noise_key, round_to_bf16
 from disttrain.testing.optimizer_parity import Toys, drawn_gradients, tensor_error
 from tests.optim.resume_jobs import Run, cases, whole
@@ -47,3 +48,18 @@ def test_rounding_draws_the_same_noise_on_every_device() -> None:
     source = torch.randn(1_000_003)
     key = noise_key(0, 1, "weight", "exp_avg")
     assert torch.equal(round_to_bf16(source.cuda(), key, 5).cpu(), round_to_bf16(source, key, 5))
+
+
+def test_muon_computes_in_bf16_and_so_do_its_matrices_travel() -> None:
+    """One process; what it computes is near what the CPU computes in fp64, and owners' state lies on the device."""
+    weights = [nn.Parameter(torch.randn(96, 64, device=device)) for device in ("cuda", "cpu")]
+    with torch.no_grad():
+        weights[0].copy_(weights[1])
+    optimizers = [matrix_optimizer("normuon", [("weight", weight)], lr=0.1) for weight in weights]
+    for step in range(3):
+        gradient = torch.randn(96, 64, generator=torch.Generator().manual_seed(step))
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = gradient.to(weight.device)
+            optimizer.step()
+    assert optimizers[0].state[weights[0]]["row_mean_square"].is_cuda
+    assert tensor_error("weight", weights[0].detach().cpu(), weights[1].detach()) < 0.02

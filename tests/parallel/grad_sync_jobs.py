@@ -40,10 +40,13 @@ def engine_of(world: int, settings: dict[str, Any]) -> Keeping:
 
 
 class Keeping(NativeEngine):
-    """Keeps the whole gradients of its last step."""
+    """Keeps the whole gradients of its last step, for which it gathers them."""
+
+    keeps = True
 
     def finish_step(self, lr_factor: float) -> UpdateResult:
-        self.kept = whole_gradients(self.module)
+        if self.keeps:
+            self.kept = whole_gradients(self.module)
         return super().finish_step(lr_factor)
 
 
@@ -85,6 +88,7 @@ def unsynced_until_last(rank: int, world: int, settings: dict[str, Any]) -> list
 def step_traffic(rank: int, world: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Collectives and bytes of one whole training step with three microbatches, and what a formula needs."""
     engine = engine_of(world, settings)
+    engine.keeps = False
     tokens = torch.zeros(2, LENGTH, dtype=torch.int64)
     for _ in range(2):  # DDP orders its buckets by what it saw in the first step, and agrees on them in the second
         train_step(engine, [(tokens, tokens)] * 3, lr_factor=1.0, device=CPU)
