@@ -62,17 +62,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _update(self, stream: Stream, bucket: Bucket) -> Iterator[None]:
         """One bucket, stage by stage: between stages it travels."""
         exchange, matrices = stream.exchange, stream.matrices
-        collecting = exchange.collect(bucket, {index: self._part(matrices[index], exchange) for index in bucket.units})
+        # One name for all that travels: what has arrived is freed.
+        travelling = exchange.collect(bucket, {index: self._part(matrices[index], exchange) for index in bucket.units})
         yield
-        returning = exchange.give_back(bucket, self._directions(stream, collecting.wait()))
+        travelling = exchange.give_back(bucket, self._directions(stream, travelling.wait()))
         yield
-        parts = returning.wait()
         if exchange.plan.spread:
-            sharing = exchange.share(bucket, parts)
+            travelling = exchange.share(bucket, travelling.wait())
             yield
-            parts = sharing.wait()
-        for index in bucket.units:
-            _apply(matrices[index], parts[index])
+        for index, direction in travelling.wait().items():
+            _apply(matrices[index], direction)
 
     def _part(self, matrix: Matrix, exchange: MatrixExchange) -> Tensor:
         """What this shard sends of a matrix: its gradient, or the momentum that takes its place."""

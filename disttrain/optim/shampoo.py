@@ -8,21 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from disttrain.optim.soap import SIDES, average_grams, average_moments
+from disttrain.optim.soap import average_grams, average_moments, factor_state
 
 
 def shampoo_state(matrix: Tensor, *, max_dim: int) -> dict[str, Tensor]:
-    """State of a matrix [A, B] before its first step, all zeros; of a meta matrix, on the meta device.
-
-    `left` [A, A] and `right` [B, B] average G G^T and G^T G, `left_root` and `right_root` are their inverse roots of
-    the last refresh; a side longer than `max_dim` has neither. `exp_avg` and `exp_avg_sq` [A, B] are Adam's.
-    """
-    state = {name: matrix.new_zeros(matrix.shape) for name in ("exp_avg", "exp_avg_sq")}
-    for side, size in zip(SIDES, matrix.shape, strict=True):
-        if size <= max_dim:
-            state[side] = matrix.new_zeros(size, size)
-            state[f"{side}_root"] = matrix.new_zeros(size, size)
-    return state
+    """`left_root` and `right_root` are the inverse roots of the last refresh."""
+    return factor_state(matrix, max_dim, "root")
 
 
 @torch.no_grad()

@@ -12,16 +12,20 @@ SIDES = ("left", "right")
 
 
 def soap_state(matrix: Tensor, *, max_dim: int) -> dict[str, Tensor]:
+    """`left_basis` and `right_basis` hold eigenvectors as columns, `exp_avg` and `exp_avg_sq` live in these bases."""
+    return factor_state(matrix, max_dim, "basis")
+
+
+def factor_state(matrix: Tensor, max_dim: int, factor: str) -> dict[str, Tensor]:
     """State of a matrix [A, B] before its first step, all zeros; of a meta matrix, on the meta device.
 
-    `left` [A, A] and `right` [B, B] average G G^T and G^T G, `left_basis` and `right_basis` hold their eigenvectors as
-    columns; a side longer than `max_dim` has neither. `exp_avg` and `exp_avg_sq` [A, B] live in these bases.
+    `left` [A, A] and `right` [B, B] average G G^T and G^T G, `left_FACTOR` and `right_FACTOR` are made of them; a side
+    longer than `max_dim` has neither. `exp_avg` and `exp_avg_sq` [A, B] are Adam's.
     """
     state = {name: matrix.new_zeros(matrix.shape) for name in ("exp_avg", "exp_avg_sq")}
     for side, size in zip(SIDES, matrix.shape, strict=True):
         if size <= max_dim:
-            state[side] = matrix.new_zeros(size, size)
-            state[f"{side}_basis"] = matrix.new_zeros(size, size)
+            state |= {name: matrix.new_zeros(size, size) for name in (side, f"{side}_{factor}")}
     return state
 
 
@@ -91,9 +95,9 @@ def _rotated(matrix: Tensor, state: dict[str, Tensor], *, back: bool = False) ->
 
 def _first_basis(gram: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(gram)
-    generator = torch.Generator(gram.device).manual_seed(0)
-    spare = torch.randn(gram.shape, generator=generator, dtype=gram.dtype, device=gram.device)
-    return _orthonormal((vectors * values).flip(1), spare)
+    # Drawn on the host: a device would draw others.
+    spare = torch.randn(gram.shape, generator=torch.Generator().manual_seed(0), dtype=gram.dtype)
+    return _orthonormal((vectors * values).flip(1), spare.to(gram.device))
 
 
 def _turn_bases(state: dict[str, Tensor], grams: dict[str, Tensor], precise: torch.dtype) -> None:

@@ -69,13 +69,13 @@ def assert_completed(ended: Ended, folder: Path) -> None:
     assert status(folder) == {"state": "completed", "step": 3}
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "gpt2_124m"])
+@pytest.mark.parametrize("name", [*CONFIGS, "gpt2_124m", "muon"])
 def test_configs_resolve(name: str, no_torch: dict[str, str]) -> None:
     ended = disttrain("config", ROOT / f"configs/{name}.toml", env=no_torch)
     assert (ended.code, ended.err) == (0, "")
     table = tomllib.loads(ended.out)
     assert table["run"]["name"] == name
-    assert table["parallel"]["strategy"] == CONFIGS.get(name, "zero2")
+    assert table["parallel"]["strategy"] == {**CONFIGS, "muon": "fsdp"}.get(name, "zero2")
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "quickstart"])
