@@ -56,6 +56,15 @@ def commands(gpus: int, scratch: str) -> dict[str, list[str]]:
             "parallel.param_dtype=bf16",
             "parallel.compile=true",
         ],
+        "training under muon in bf16": [
+            *disttrain,
+            "train",
+            "configs/muon.toml",
+            "device=cuda",
+            *run,
+            f"run.dir={scratch}/muon",
+            "parallel.param_dtype=bf16",
+        ],
         "training": [*disttrain, "train", "configs/quickstart.toml", "device=cuda", *run],
     }
 

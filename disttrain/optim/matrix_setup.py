@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from disttrain.config.matrix_groups import ExchangeConfig, MatrixGroup
+from disttrain.errors import UserError
 from disttrain.optim.matrix_exchange import MatrixExchange
 from disttrain.optim.matrix_layout import Layout, layout_key, layout_of, regions_of
 from disttrain.optim.matrix_plan import Box, MatrixUnit, build_plan, spread_pays
-from disttrain.optim.matrix_split import blocks_of
+from disttrain.optim.matrix_split import blocks_of, matrix_problems
 from disttrain.optim.matrix_updates import MatrixUpdate, matrix_update
 from disttrain.optim.muon import State, lr_scale
 
@@ -64,6 +65,9 @@ def build_streams(
     alike: dict[tuple[object, torch.dtype], list[Matrix]] = {}
     for group in groups:
         config: MatrixGroup = group["config"]
+        shapes = {names[parameter]: parameter.shape for parameter in group["params"]}
+        if problems := list(matrix_problems(config, shapes)):
+            raise UserError(problems)
         updates: dict[tuple[torch.dtype, torch.device], MatrixUpdate] = {}
         for parameter in group["params"]:
             blocks = blocks_of(names[parameter], parameter.shape, config)

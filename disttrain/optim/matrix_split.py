@@ -25,15 +25,16 @@ def matrix_problems(
             f"{where}: {config.algorithm} is for matrices that multiply every token, and {', '.join(tables)} is a "
             f"table of which a step sees some rows: {_REMEDY}"
         )
+    for split in config.split:
+        if not any(re.search(split.match, name) for name in shapes):
+            yield f"{where}: split: {split.match!r} matches none of its parameters: {', '.join([*shapes][:8])}"
 
 
 def blocks_of(name: str, shape: Sequence[int], config: MatrixGroup) -> list[Box]:
     """The matrices in a parameter, by the group's first split that matches its name; all of it where none does.
 
-    Raises UserError for what is no matrix, and for sizes that do not add up.
+    Raises UserError for sizes that do not add up.
     """
-    if problems := list(matrix_problems(config, {name: shape})):
-        raise UserError(problems)
     rows, columns = shape
     for split in config.split:
         if re.search(split.match, name):

@@ -36,7 +36,10 @@ LAYOUTS: dict[str, Layout] = {
     "hsdp spread": (STRATEGIES["hsdp"], "spread"),
 }
 """Settings of a strategy, and who computes where several processes hold the same shard."""
-_SPLIT = [{"match": "tall", "sizes": [5, 4, 2]}, {"match": "wide", "sizes": 2, "dim": 1}]
+Splits = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+_TOY_SPLITS: Splits = ([{"match": "tall", "sizes": [5, 4, 2]}], [{"match": "wide", "sizes": 2, "dim": 1}])
+_GPT_SPLITS: Splits = ([{"match": "w[qk]", "sizes": 2}], [{"match": "up", "sizes": [20, 7]}])
+"""Of either group: in blocks of rows, of columns, by heads."""
 
 _MUON = {"algorithm": "muon", "lr": 0.02, "compute_dtype": "parameter"}
 CASES: dict[str, dict[str, Any]] = {
@@ -47,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
         "nesterov": False,
         "lr_scale": "original",
     },
-    "muon (split)": {**_MUON, "split": _SPLIT, "lr_scale": "spectral"},
+    "muon (split)": {**_MUON, "split": True, "lr_scale": "spectral"},
     "normuon": {**_MUON, "algorithm": "normuon"},
     "soap": {"algorithm": "soap", "lr": 0.01, "every": 2},
     # A root of a nearly singular matrix magnifies rounding by ridge^(-1/4).
@@ -92,11 +95,12 @@ def layouts(world: int) -> list[str]:
 
 
 def matrix_optim(
-    case: dict[str, Any], replicas: str, first: list[str], second: list[str], **exchange: Any
+    case: dict[str, Any], replicas: str, first: list[str], second: list[str], splits: Splits, **exchange: Any
 ) -> OptimConfig:
     """Two groups of one algorithm that differ in rate and decay, for names that match; adamw for the rest."""
-    own = {"name": "first", "match": first, "clip": CLIPS["norm of all"], **case}
-    other = {**own, "name": "second", "match": second, "lr": case["lr"] / 2, "weight_decay": 0.03}
+    splits = splits if case.get("split") else ([], [])
+    own = {**case, "name": "first", "match": first, "clip": CLIPS["norm of all"], "split": splits[0]}
+    other = {**own, "name": "second", "match": second, "split": splits[1], "lr": case["lr"] / 2, "weight_decay": 0.03}
     rest = {"name": "rest", "match": [".*"], "algorithm": "adamw", "lr": 0.01, "eps": 1e-6, "clip": own["clip"]}
     settings = {"groups": [own, other, rest], "exchange": {"replicas": replicas, **exchange}}
     return OptimConfig.model_validate(settings)
@@ -123,7 +127,7 @@ def synthetic_job(
 
 def synthetic_optim(case: dict[str, Any], replicas: str, **exchange: Any) -> OptimConfig:
     """For `optimizer_parity.Toys`."""
-    return matrix_optim(case, replicas, ["square|tall"], ["wide|one_row|zero"], **exchange)
+    return matrix_optim(case, replicas, ["square|tall"], ["wide|one_row|zero"], _TOY_SPLITS, **exchange)
 
 
 def training_job(rank: int, world: int, device: str, layout: str, algorithm: str | None = None) -> dict[str, float]:
@@ -131,7 +135,7 @@ def training_job(rank: int, world: int, device: str, layout: str, algorithm: str
     settings, replicas = LAYOUTS[layout]
     errors = {}
     for name, case in matrix_cases(algorithm).items():
-        case = {key: value for key, value in case.items() if key != "split"}
-        optim = matrix_optim(case, replicas, [r"attention\.w[qkvo]\.weight"], ["role:matrices"], bucket_bytes=256)
+        names = [r"attention\.w[qkvo]\.weight"], ["role:matrices"]
+        optim = matrix_optim(case, replicas, *names, _GPT_SPLITS, bucket_bytes=256)
         errors[name] = training_error(rank, world, place(device, rank), settings, optim)
     return errors

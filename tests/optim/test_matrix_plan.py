@@ -11,7 +11,7 @@ from disttrain.config.matrix_groups import Muon
 from disttrain.errors import UserError
 from disttrain.optim.matrix_optimizer import in_software_pipeline
 from disttrain.optim.matrix_plan import Box, MatrixPlan, MatrixUnit, build_plan, row_regions, spread_pays
-from disttrain.optim.matrix_split import blocks_of
+from disttrain.optim.matrix_split import blocks_of, matrix_problems
 from disttrain.optim.newton_schulz import newton_schulz_flops
 
 SHAPES = [(6, 6), (9, 4), (1, 5), (40, 3), (7, 7), (7, 7), (2, 12)]
@@ -150,6 +150,13 @@ def test_fused_matrices_are_taken_apart() -> None:
 def test_sizes_that_do_not_add_up_are_named(sizes: object, said: str) -> None:
     with pytest.raises(UserError, match=said):
         blocks_of("a.qkv", (12, 5), muon(split=[{"match": "qkv", "sizes": sizes}]))
+
+
+def test_a_split_that_matches_nothing_and_what_is_no_matrix_are_named() -> None:
+    config = muon(split=[{"match": "qvk", "sizes": 4}])
+    split, vector = sorted(matrix_problems(config, {"a.qkv": (12, 5), "a.bias": (12,)}), reverse=True)
+    assert split == "optim.groups: group m: split: 'qvk' matches none of its parameters: a.qkv, a.bias"
+    assert vector.startswith("optim.groups: group m: muon takes matrices only, not a.bias (12): give them to another")
 
 
 def test_one_bucket_travels_while_the_one_before_computes() -> None:
