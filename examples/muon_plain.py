@@ -88,6 +88,8 @@ def main() -> None:
             print(f"step {step} loss {mean.item()!r}", flush=True)
     if world > 1:
         dist.destroy_process_group()
+        # FSDP2 holds the group a while longer, and a thread of gloo can abort a process in the interpreter's teardown.
+        os._exit(0)
 
 
 if __name__ == "__main__":
