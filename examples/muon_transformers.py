@@ -4,7 +4,7 @@
     python examples/muon_transformers.py
     torchrun --standalone --nproc-per-node 2 examples/muon_transformers.py
 
-What disttrain must know of a model is its plan: names, as below for Llama. Nothing is downloaded: weights are random, and
+What disttrain must know of a model is its plan: names, as below for Llama. Nothing is downloaded: weights are random,
 the text is a source file of Python's. Spaces are not predicted, so that every process has another number of tokens.
 """
 

@@ -11,7 +11,6 @@ from tests.cli.conftest import TINY
 from tests.cli.helpers import ROOT, TORCHRUN, Ended, disttrain, losses, rows, run
 
 EXAMPLES = ROOT / "examples"
-EXAMPLE = EXAMPLES / "plain_loop.py"
 
 
 @pytest.fixture(scope="module")
@@ -41,27 +40,6 @@ def test_the_plain_loop_is_the_command(processes: int, config: Path, tmp_path: P
         assert ended.code == 0, ended
         assert "(step 8)" in ended.out
         assert list(losses(plain)) == [9, 10]
-
-
-def printed_losses(*command: object) -> list[float]:
-    ended = run(*command)
-    assert ended.code == 0, ended
-    found = re.findall(r"^step (\d+) loss (\S+)", ended.out, re.MULTILINE)
-    assert [int(step) for step, _ in found] == list(range(1, len(found) + 1))
-    return [float(loss) for _, loss in found]
-
-
-@pytest.mark.parametrize(
-    ("name", "layouts", "learnt"), [("muon_plain", ("fsdp", "ddp"), 0.25), ("muon_transformers", ("",), 0.6)]
-)
-def test_muon_in_other_peoples_loops(name: str, layouts: tuple[str, ...], learnt: float) -> None:
-    """Every layout prints the losses of one process, and they fall."""
-    alone = printed_losses(TORCHRUN[0], EXAMPLES / f"{name}.py")
-    assert alone[-1] < learnt * alone[0]
-    for layout in layouts:
-        assert printed_losses(*TORCHRUN, EXAMPLES / f"{name}.py", *filter(None, [layout])) == pytest.approx(
-            alone, rel=1e-4
-        )
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,9 @@ def _optimizer_table(rows: list[ParityRow]) -> Table:
     for column in ("world", *(f"{kind} (at most {tolerance:.0e})" for kind, tolerance in kinds.items()), ""):
         table.add_column(column)
     for name in dict.fromkeys(row.case.rsplit(", ", 1)[0] for row in rows):
-        for world in dict.fromkeys(row.world for row in rows):
-            cells = [row for row in rows if row.world == world and row.case.startswith(f"{name}, ")]
+        of_name = [row for row in rows if row.case.startswith(f"{name}, ")]
+        for world in sorted({row.world for row in of_name}):
+            cells = [row for row in of_name if row.world == world]
             errors = {kind: [row.max_relative_error for row in cells if row.case.endswith(kind)] for kind in kinds}
             shown = [f"{max(found):.1e}" if found else "" for found in errors.values()]
             passed = all(row.passed for row in cells)

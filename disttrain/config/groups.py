@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_serializer
 
@@ -75,6 +75,8 @@ class Group(Section):
     lr: PositiveFloat
     """Peak rate; the schedule multiplies it."""
     weight_decay: NonNegativeFloat = 0.1
+    looking_steps: ClassVar[int] = 0
+    """Steps at the start in which nothing moves yet."""
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ All of them step by `W <- (1 - lr weight_decay) W - lr lr_scale D`, with D the a
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -68,6 +68,7 @@ class SOAP(MatrixGroup):
     """Adam in the slowly turning eigenbasis of Shampoo's factors (arXiv 2409.11321). The first step only looks."""
 
     algorithm: Literal["soap"] = "soap"
+    looking_steps: ClassVar[int] = 1
     lr: PositiveFloat = 3e-3
     weight_decay: NonNegativeFloat = 0.01
     betas: Betas = (0.95, 0.95)

@@ -13,7 +13,6 @@ from typing import Generic, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from disttrain.errors import UserError
 from disttrain.optim.matrix_layout import Layout
@@ -42,15 +41,13 @@ class MatrixExchange:
 
     def __init__(self, plan: MatrixPlan, layout: Layout, dtype: torch.dtype) -> None:
         self.plan, self.layout, self.dtype = plan, layout, dtype
-        for group in (layout.shard_group, layout.replica_group):
-            if group is not None:
-                dist_compare_plans(plan, layout, group)
+        dist_compare_plans(plan, layout)
 
     def owned(self, bucket: Bucket) -> list[int]:
         """The units of `bucket` that this process computes."""
         return [unit for unit, shard in self._here(bucket) if shard == self.layout.shard]
 
-    def collect(self, bucket: Bucket, parts: Mapping[int, Tensor]) -> Travelling[dict[int, Tensor]]:
+    def dist_collect(self, bucket: Bucket, parts: Mapping[int, Tensor]) -> Travelling[dict[int, Tensor]]:
         """Send this shard's `parts` of units to their owners; arrives as the whole matrices that this process owns."""
         me, units, mine = self.layout.shard, self.plan.units, self.owned(bucket)
 
@@ -68,9 +65,9 @@ class MatrixExchange:
         peers = range(self.plan.shards)
         send = [[parts[u] for u, owner in self._here(bucket) if owner == peer != me] for peer in peers]
         receive = [[units[u].regions[peer] for u in mine if peer != me] for peer in peers]
-        return self._all_to_all(send, receive, unpack)
+        return self._dist_all_to_all(bucket, send, receive, unpack)
 
-    def give_back(self, bucket: Bucket, wholes: Mapping[int, Tensor]) -> Travelling[dict[int, Tensor]]:
+    def dist_give_back(self, bucket: Bucket, wholes: Mapping[int, Tensor]) -> Travelling[dict[int, Tensor]]:
         """Send each shard its regions of the `wholes` that this process owns; arrives as this shard's parts."""
         me, units, mine = self.layout.shard, self.plan.units, self.owned(bucket)
         kept = {unit: wholes[unit].to(self.dtype) for unit in mine}
@@ -90,9 +87,9 @@ class MatrixExchange:
             [kept[u][units[u].regions[peer].slices] for u in mine if peer != me] for peer in range(self.plan.shards)
         ]
         receive = [[units[u].regions[me] for u in named] for named in awaited]
-        return self._all_to_all(send, receive, unpack)
+        return self._dist_all_to_all(bucket, send, receive, unpack)
 
-    def share(self, bucket: Bucket, parts: Mapping[int, Tensor]) -> Travelling[dict[int, Tensor]]:
+    def dist_share(self, bucket: Bucket, parts: Mapping[int, Tensor]) -> Travelling[dict[int, Tensor]]:
         """Broadcast this shard's parts from the copy that computed them to the others; arrives as all of them."""
         plan, layout = self.plan, self.layout
         works: list[dist.Work] = []
@@ -126,15 +123,17 @@ class MatrixExchange:
         """The units that this copy of the model computes, with their owners among its shards."""
         return list(self.plan.members(bucket, self.layout.replica))
 
-    def _all_to_all(
+    def _dist_all_to_all(
         self,
+        bucket: Bucket,
         send: list[list[Tensor]],
         receive: list[list[Box]],
         unpack: Callable[[list[list[Tensor]]], dict[int, Tensor]],
     ) -> Travelling[dict[int, Tensor]]:
         """`send` and `receive` are by shard; what a process keeps for itself does not travel."""
-        if self.layout.shard_group is None:
-            return Travelling(lambda: unpack([[] for _ in receive]))
+        if self.layout.shard_group is None or not self.plan.travels(bucket, self.layout.replica):
+            nothing = torch.empty(0, dtype=self.dtype, device=self.layout.device)
+            return Travelling(lambda: unpack([[nothing] * len(regions) for regions in receive]))
         sizes = [[region.elements for region in regions] for regions in receive]
         outgoing = _pack([part for parts in send for part in parts], self.dtype, self.layout.device)
         incoming = outgoing.new_empty(sum(map(sum, sizes)))
@@ -154,16 +153,23 @@ class MatrixExchange:
         return Travelling(unpacked, (work,) if work is not None else (), (outgoing,))
 
 
-def dist_compare_plans(plan: MatrixPlan, layout: Layout, group: ProcessGroup) -> None:
-    """Raises UserError on every process of `group` when one has another plan: they would wait for ever."""
-    digest = torch.frombuffer(bytearray.fromhex(plan.digest), dtype=torch.int64).to(layout.device)
-    digests = [torch.empty_like(digest) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(digests, digest, group=group)
-    ranks = dist.get_process_group_ranks(group)
-    others = [str(rank) for rank, seen in zip(ranks, digests, strict=True) if not torch.equal(seen, digests[0])]
-    if others:
+def dist_compare_plans(plan: MatrixPlan, layout: Layout) -> None:
+    """Raises UserError on every process of the grid when one has another plan: they would wait for each other for ever.
+
+    Along the rows of the grid, then along its columns with what the rows have found.
+    """
+    held = torch.frombuffer(bytearray.fromhex(plan.digest), dtype=torch.int64).to(layout.device)
+    size = len(held)
+    for group in (layout.shard_group, layout.replica_group):
+        if group is not None:
+            gathered = [torch.empty_like(held) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(gathered, held, group=group)
+            held = torch.cat(gathered)
+    ranks = [rank for row in layout.grid for rank in row]
+    digests = held.split(size)
+    if others := [str(r) for r, seen in zip(ranks, digests, strict=True) if not torch.equal(seen, digests[0])]:
         raise UserError(
-            f"the plan for exchanging matrices differs: rank {ranks[0]} has another than rank {', '.join(others)}; "
+            f"the plan for exchanging matrices differs: rank {ranks[0]} has another than rank {', '.join(others[:8])}; "
             f"give every process the same model and optim settings. Here: {plan.summary()}"
         )
 

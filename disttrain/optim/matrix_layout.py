@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 # Torch has no public way to ask for the region of another rank.
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
+from disttrain.errors import UserError
 from disttrain.optim.matrix_plan import Box
 
 
@@ -55,7 +57,9 @@ class Layout:
         held = torch.empty(0, dtype=dtype, device=self.device) if tensor is None else tensor
         mesh = DeviceMesh(self.device.type, ranks, _init_backend=False)
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(held, mesh, [Replicate()], run_check=False, shape=shape, stride=stride)
+        # Not from_local, which takes the empty shape of a scalar for no shape at all.
+        spec = DTensorSpec(mesh, (Replicate(),), tensor_meta=TensorMeta(shape, stride, dtype))
+        return DTensor(held, spec, requires_grad=False)
 
 
 def layout_key(parameter: Tensor) -> object:
@@ -66,7 +70,11 @@ def layout_key(parameter: Tensor) -> object:
 
 
 def layout_of(parameter: Tensor) -> Layout:
-    """Collective where a parameter is cut along several axes of its mesh: their group may have to be made."""
+    """A plain tensor is taken to be equal on all processes, as DDP over all of them leaves it.
+
+    Collective where a parameter is cut along several axes of its mesh: their group may have to be made. Raises
+    UserError for meshes on which matrices cannot travel.
+    """
     if isinstance(parameter, DTensor):
         return _layout_on_mesh(parameter)
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -103,7 +111,11 @@ def _layout_on_mesh(parameter: DTensor) -> Layout:
     row, column = _group(mesh, cut), _group(mesh, copied)
     for group, expected in ((row, ranks[replica]), (column, ranks[:, shard])):
         # Sends are addressed by the group's own order.
-        assert group is None or dist.get_process_group_ranks(group) == expected.tolist()
+        if group is not None and dist.get_process_group_ranks(group) != expected.tolist():
+            raise UserError(
+                f"matrices cannot travel on a mesh whose ranks do not rise along its axes: {mesh.mesh.tolist()}; "
+                "build it with init_device_mesh"
+            )
     coordinates = tuple(tuple((mesh.mesh == peer).nonzero()[0].tolist()) for peer in ranks[replica])
     kind = mesh.device_type
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
@@ -117,7 +129,8 @@ def _group(mesh: DeviceMesh, axes: list[int]) -> ProcessGroup | None:
     if len(sizes) == 1:
         return mesh.get_group(sizes[0])
     names = mesh.mesh_dim_names
+    if names is None:
+        raise UserError("matrices are cut along several axes of a mesh without names: build it with mesh_dim_names")
     if len(sizes) == mesh.ndim:
         return mesh._flatten().get_group()
-    assert names is not None
     return mesh[tuple(names[axis] for axis in sizes)]._flatten().get_group()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from disttrain.config.algorithms import ALGORITHMS
-from disttrain.config.matrix_groups import CustomMatrix, ExchangeConfig
+from disttrain.config.matrix_groups import CustomMatrix, ExchangeConfig, MatrixGroup
+from disttrain.errors import UserError
+from disttrain.optim.matrix_compute import owner_directions
 from disttrain.optim.matrix_exchange import MatrixExchange
 from disttrain.optim.matrix_plan import Bucket, MatrixPlan
-from disttrain.optim.matrix_setup import Matrix, Settings, Stream, build_streams
-from disttrain.optim.matrix_updates import STEP
+from disttrain.optim.matrix_setup import Matrix, MatrixSet, Settings, build_matrix_sets
+from disttrain.optim.matrix_updates import MOMENTUM, STEP
 from disttrain.optim.sharding import local
 
 
@@ -32,110 +36,128 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {})
         settings = exchange or ExchangeConfig()
         self._batched = settings.batched
-        self._streams = build_streams(self.param_groups, names, settings)
+        self._sets = build_matrix_sets(self.param_groups, names, settings)
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter][STEP] = torch.zeros((), dtype=torch.float64)
                 if group["config"].momentum:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
-        for stream in self._streams:
-            for matrix, entries in zip(stream.matrices, stream.entries, strict=True):
+                    self.state[parameter][MOMENTUM] = torch.zeros_like(parameter, requires_grad=False)
+        for owned in self._sets:
+            for matrix, entries in zip(owned.matrices, owned.entries, strict=True):
                 self.state[matrix.parameter].update(entries)
 
     @property
     def plans(self) -> list[MatrixPlan]:
         """What is exchanged, one plan for each layout and type on the wire."""
-        return [stream.exchange.plan for stream in self._streams]
+        return [owned.exchange.plan for owned in self._sets]
 
     def describe(self) -> list[str]:
         """A line for each plan, and why copies of the model share the computation or do not."""
-        return [plan.summary() for plan in self.plans] + [stream.note for stream in self._streams if stream.note]
+        return [plan.summary() for plan in self.plans] + [owned.note for owned in self._sets if owned.note]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Of the constructor only: owners are chosen for all matrices together."""
+        if hasattr(self, "_sets"):
+            raise UserError("a matrix optimizer takes no more groups once it is made: give it all of them at the start")
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Into the tensors and groups that are there, of a `state_dict` on the same layout; else UserError.
+
+        disttrain's checkpoints, and torch's distributed ones, load on any layout.
+        """
+        groups, states = self.param_groups, self.state
+        super().load_state_dict(state_dict)
+        loaded = (self.param_groups, self.state)
+        self.param_groups, self.state = groups, states
+        for group, other in zip(groups, loaded[0], strict=True):
+            group.update({key: value for key, value in other.items() if key not in ("params", "config")})
+        for parameter, state in states.items():
+            for key, kept in state.items():
+                value = loaded[1].get(parameter, {}).get(key)
+                if value is None or local(value).shape != local(kept).shape:
+                    found = "is missing" if value is None else f"has the shape {tuple(local(value).shape)}"
+                    raise UserError(f"state_dict: {key} {found}, where this rank holds {tuple(local(kept).shape)}")
+                local(kept).copy_(local(value))
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for state in self.state.values():
             state[STEP] += 1
-        in_software_pipeline(
-            self._update(stream, bucket) for stream in self._streams for bucket in stream.exchange.plan.buckets
+        dist_in_software_pipeline(
+            self._dist_update(owned, bucket) for owned in self._sets for bucket in owned.exchange.plan.buckets
         )
+        return loss
 
-    def _update(self, stream: Stream, bucket: Bucket) -> Iterator[None]:
+    def _dist_update(self, owned: MatrixSet, bucket: Bucket) -> Iterator[None]:
         """One bucket, stage by stage: between stages it travels."""
-        exchange, matrices = stream.exchange, stream.matrices
-        # One name for all that travels: what has arrived is freed.
-        travelling = exchange.collect(bucket, {index: self._part(matrices[index], exchange) for index in bucket.units})
+        exchange, matrices = owned.exchange, owned.matrices
+        travelling = exchange.dist_collect(bucket, {u: self._part(matrices[u], exchange) for u in bucket.units})
         yield
-        travelling = exchange.give_back(bucket, self._directions(stream, travelling.wait()))
+        wholes = travelling.wait()
+        del travelling  # what has arrived is freed before the products need their room
+        directions = owner_directions(owned, wholes, self._step_of, self._batched)
+        travelling = exchange.dist_give_back(bucket, directions)
         yield
         if exchange.plan.spread:
-            travelling = exchange.share(bucket, travelling.wait())
+            travelling = exchange.dist_share(bucket, travelling.wait())
             yield
-        for index, direction in travelling.wait().items():
-            _apply(matrices[index], direction)
+        for unit, direction in travelling.wait().items():
+            _apply(matrices[unit], direction)
+
+    def _step_of(self, matrix: Matrix) -> Tensor:
+        return self.state[matrix.parameter][STEP]
 
     def _part(self, matrix: Matrix, exchange: MatrixExchange) -> Tensor:
         """What this shard sends of a matrix: its gradient, or the momentum that takes its place."""
-        config, gradient = matrix.group["config"], matrix.parameter.grad
+        config, parameter, gradient = matrix.group["config"], matrix.parameter, matrix.parameter.grad
+        if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+            # The same unless somebody's own parallelism left sums undone; then on every process alike.
+            gradient = gradient.redistribute(placements=parameter.placements)
         if gradient is None:
-            part = torch.zeros_like(local(matrix.parameter)[matrix.held])
+            part = torch.zeros_like(local(parameter)[matrix.held])
         else:
             part = local(gradient)[matrix.held]
         if config.momentum:
-            buffer = local(self.state[matrix.parameter]["momentum_buffer"])[matrix.held]
+            buffer = local(self.state[parameter][MOMENTUM])[matrix.held]
             buffer.lerp_(part, 1 - config.momentum)
             part = part.lerp(buffer, config.momentum) if config.nesterov else buffer
         return part.to(exchange.layout.device, exchange.dtype)
 
-    def _directions(self, stream: Stream, wholes: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Of the matrices that this process owns; equal shapes of one group as a stack, where the algorithm can."""
-        stacks: dict[Any, list[int]] = {}
-        for index, whole in wholes.items():
-            matrix = stream.matrices[index]
-            together = self._batched and matrix.update.batched
-            stacks.setdefault((id(matrix.group), whole.shape) if together else index, []).append(index)
-        directions: dict[int, Tensor] = {}
-        for members in stacks.values():
-            directions |= (
-                self._stacked(stream, members, wholes)
-                if len(members) > 1
-                else {index: self._one(stream, index, wholes[index]) for index in members}
-            )
-        return directions
-
-    def _one(self, stream: Stream, index: int, whole: Tensor) -> Tensor:
-        matrix = stream.matrices[index]
-        # The parameter's type again: a matrix that travelled in fewer bits is computed as any other.
-        whole = whole.to(matrix.parameter.dtype)
-        return matrix.update(matrix.name, whole, stream.states[index], self.state[matrix.parameter][STEP])
-
-    def _stacked(self, stream: Stream, members: list[int], wholes: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        first, states = stream.matrices[members[0]], [stream.states[index] for index in members]
-        whole = torch.stack([wholes[index] for index in members]).to(first.parameter.dtype)
-        stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
-        directions = first.update(first.name, whole, stacked, self.state[first.parameter][STEP])
-        for key, values in stacked.items():
-            for state, value in zip(states, values, strict=True):
-                state[key].copy_(value)
-        return dict(zip(members, directions, strict=True))
-
 
 def matrix_optimizer(
-    algorithm: str, named_parameters: Iterable[tuple[str, nn.Parameter]], lr: float, **settings: Any
+    algorithm: str,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    lr: float,
+    exchange: ExchangeConfig | None = None,
+    **settings: Any,
 ) -> MatrixOptimizer:
     """A matrix optimizer by name (`muon`, `package.module:name`) for a loop of one's own, used as any of torch's.
 
-    `settings` are those of the algorithm's config section, and `exchange`. Hand it hidden matrices only, plain (alone
-    or under DDP) or sharded, after the model was parallelised; torch's schedulers work. Raises as `MatrixOptimizer`.
+    `settings` are those of the algorithm's config section. Hand it hidden matrices only, plain (alone or under DDP) or
+    sharded, after the model was parallelised; frozen ones are left out. Raises UserError as `MatrixOptimizer`, and for
+    an unknown algorithm or setting.
     """
-    exchange = settings.pop("exchange", None)
-    section = ALGORITHMS.get(algorithm, CustomMatrix)
-    name = algorithm.rpartition(":")[2]
-    config = section.model_validate({"name": name, "match": (".*",), "algorithm": algorithm, "lr": lr, **settings})
-    names = {parameter: name for name, parameter in named_parameters}
+    section, name = ALGORITHMS.get(algorithm, CustomMatrix), algorithm.rpartition(":")[2]
+    if not issubclass(section, MatrixGroup):
+        raise UserError(f"{algorithm}: works on elements, not on whole matrices: take torch.optim's")
+    if "clip" in settings:
+        raise UserError("clip: an optimizer does not clip; call disttrain.optim.dist_clip_gradients, or torch's")
+    try:
+        config = section.model_validate({"name": name, "match": (".*",), "algorithm": algorithm, "lr": lr, **settings})
+    except ValidationError as error:
+        raise UserError(
+            f"{algorithm}: {'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()
+        ) from error
+    names = {parameter: name for name, parameter in named_parameters if parameter.requires_grad}
     return MatrixOptimizer([{"name": name, "params": list(names), "lr": lr, "config": config}], names, exchange)
 
 
-def in_software_pipeline(tasks: Iterable[Iterator[None]]) -> None:
+def dist_in_software_pipeline(tasks: Iterable[Iterator[None]]) -> None:
     """Run tasks that stop where they wait for what they sent.
 
     In each round the next one starts, then each running one takes a stage, the newest first, so that what travels has

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from math import prod
 
@@ -49,7 +50,7 @@ class MatrixUnit:
     regions: tuple[Box, ...]
     flops: float
     settings: str = ""
-    """What is computed, in words: units are computed together where this and the shape are equal."""
+    """What is computed, in words; part of the digest."""
 
     @property
     def elements(self) -> int:
@@ -91,6 +92,10 @@ class MatrixPlan:
             if copy in (None, replica):
                 yield unit, shard
 
+    def travels(self, bucket: Bucket, replica: int) -> bool:
+        """Whether anything of a bucket moves between the shards of a copy: not where owners hold all that they need."""
+        return any(self.units[u].regions[o].elements < self.units[u].elements for u, o in self.members(bucket, replica))
+
     def sent_bytes(self, replica: int, shard: int) -> int:
         """What one process sends to others in a step; a broadcast sends to each of the other copies."""
         elements = 0
@@ -101,7 +106,7 @@ class MatrixPlan:
                 elements += held * (self.replicas - 1) * self.spread
         return elements * self.element_bytes
 
-    @property
+    @cached_property
     def total_sent_bytes(self) -> int:
         """Over all processes."""
         return sum(self.sent_bytes(replica, shard) for replica in range(self.replicas) for shard in range(self.shards))
@@ -120,7 +125,7 @@ class MatrixPlan:
         dearest, mean = sum(map(max, loads)), sum(map(sum, loads)) / self.workers
         return dearest / mean if mean else 1.0
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Equal plans, equal digests: processes with different ones would wait for each other for ever."""
         return hashlib.sha256(repr(self).encode()).hexdigest()

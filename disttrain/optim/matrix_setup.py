@@ -32,7 +32,9 @@ class Matrix:
     update: MatrixUpdate
     name: str
     """That of the parameter; blocks are counted behind a #."""
-    block: Box
+    regions: tuple[Box, ...]
+    """What each shard of a copy holds of it, in its own coordinates."""
+    shape: tuple[int, int]
     held: tuple[slice, slice]
     """Within this process's shard of the parameter."""
     scale: float
@@ -44,7 +46,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Stream:
+class MatrixSet:
     """Matrices that lie alike and travel in the same type; matrices and `states` in the order of the plan's units."""
 
     exchange: MatrixExchange
@@ -57,9 +59,9 @@ class Stream:
     """Why copies of the model share the computation or do not; empty where there is one copy."""
 
 
-def build_streams(
+def build_matrix_sets(
     groups: Sequence[Settings], names: Mapping[nn.Parameter, str], settings: ExchangeConfig
-) -> list[Stream]:
+) -> list[MatrixSet]:
     """One for each layout and type on the wire. Collective; raises UserError for what cannot be done."""
     layouts: dict[object, Layout] = {}
     alike: dict[tuple[object, torch.dtype], list[Matrix]] = {}
@@ -77,17 +79,25 @@ def build_streams(
             layout = layouts[key]
             kind = (parameter.dtype, layout.device)
             update = updates[kind] = updates.get(kind) or matrix_update(config, *kind)
-            mine = regions_of(parameter, layout)[layout.shard]
+            regions = regions_of(parameter, layout)
             for number, block in enumerate(blocks):
                 name = f"{names[parameter]}#{number}" if len(blocks) > 1 else names[parameter]
-                scale = lr_scale(config.lr_scale, *block.sizes)
-                matrix = Matrix(parameter, group, update, name, block, block.within(mine).slices, scale)
+                matrix = Matrix(
+                    parameter,
+                    group,
+                    update,
+                    name,
+                    regions=tuple(region.within(block) for region in regions),
+                    shape=block.sizes,
+                    held=block.within(regions[layout.shard]).slices,
+                    scale=lr_scale(config.lr_scale, *block.sizes),
+                )
                 alike.setdefault((key, _wire_dtype(config, update, parameter.dtype)), []).append(matrix)
-    return [_stream(layouts[key], wire, matrices, settings) for (key, wire), matrices in alike.items()]
+    return [_matrix_set(layouts[key], wire, matrices, settings) for (key, wire), matrices in alike.items()]
 
 
-def _stream(layout: Layout, wire: torch.dtype, matrices: list[Matrix], settings: ExchangeConfig) -> Stream:
-    units = [_unit(matrix, layout) for matrix in matrices]
+def _matrix_set(layout: Layout, wire: torch.dtype, matrices: list[Matrix], settings: ExchangeConfig) -> MatrixSet:
+    units = [_unit(matrix) for matrix in matrices]
     spread, note = _spread(units, layout, wire.itemsize, settings)
     plan = build_plan(
         units,
@@ -101,13 +111,13 @@ def _stream(layout: Layout, wire: torch.dtype, matrices: list[Matrix], settings:
     owners = {unit: owner for bucket in plan.buckets for unit, owner in zip(bucket.units, bucket.owners, strict=True)}
     held = [_owner_state(matrix, layout, *plan.place(owners[index])) for index, matrix in enumerate(matrices)]
     states, entries = zip(*held, strict=True)
-    return Stream(exchange, tuple(matrices), states, entries, note)
+    return MatrixSet(exchange, tuple(matrices), states, entries, note)
 
 
-def _unit(matrix: Matrix, layout: Layout) -> MatrixUnit:
-    regions = tuple(region.within(matrix.block) for region in regions_of(matrix.parameter, layout))
-    settings = matrix.group["config"].describe()
-    return MatrixUnit(matrix.name, matrix.block.sizes, regions, matrix.update.flops(*matrix.block.sizes), settings)
+def _unit(matrix: Matrix) -> MatrixUnit:
+    config = matrix.group["config"]
+    settings = f"{config.algorithm}, {config.describe()}"
+    return MatrixUnit(matrix.name, matrix.shape, matrix.regions, matrix.update.flops(*matrix.shape), settings)
 
 
 def _spread(units: list[MatrixUnit], layout: Layout, element_bytes: int, settings: ExchangeConfig) -> tuple[bool, str]:
@@ -122,11 +132,16 @@ def _spread(units: list[MatrixUnit], layout: Layout, element_bytes: int, setting
 
 def _owner_state(matrix: Matrix, layout: Layout, copy: int | None, shard: int) -> tuple[State, State]:
     """This process's own tensors where it is the owner; and the entries that every process has."""
-    parameter, update, sizes = matrix.parameter, matrix.update, matrix.block.sizes
+    parameter, update, sizes = matrix.parameter, matrix.update, matrix.shape
     shapes = update.initial_state(torch.empty(sizes, dtype=parameter.dtype, device="meta"))
     state: State = {}
     if shapes and shard == layout.shard and copy in (None, layout.replica):
         state = update.initial_state(torch.zeros(sizes, dtype=parameter.dtype, device=layout.device))
+        if elsewhere := [key for key, value in state.items() if value.device != layout.device]:
+            raise UserError(
+                f"{matrix.name}: initial_state makes {', '.join(elsewhere)} on another device than that of the matrix, "
+                f"{layout.device}: use matrix.new_zeros"
+            )
     entries: dict[str, Tensor] = {
         key + matrix.state_suffix: layout.owned(state.get(key), like.shape, like.dtype, copy, shard)
         for key, like in shapes.items()

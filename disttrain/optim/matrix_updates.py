@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from disttrain.optim.newton_schulz import newton_schulz_flops, polynomials_of
 from disttrain.optim.shampoo import shampoo_flops, shampoo_state, shampoo_update
 from disttrain.optim.soap import soap_flops, soap_state, soap_update
 
-STEP = "step"
+STEP, MOMENTUM = "step", "momentum_buffer"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 _TOYS = ((7, 3), (1, 4), (3, 8), (8, 8), (5, 1))
 
@@ -45,7 +46,11 @@ class MatrixUpdate:
     def __call__(self, name: str, matrix: Tensor, state: Mapping[str, Tensor], step: Tensor) -> Tensor:
         """The direction, with `state` written in place; UserError for a function that breaks its promises."""
         working = {**state, STEP: step}
-        direction = self.function(matrix, working)
+        try:
+            direction = self.function(matrix, working)
+        except Exception as error:
+            where = "x".join(map(str, matrix.shape))
+            raise UserError(f"{name}: its update raised {type(error).__name__} on {where}: {error}") from error
         if not isinstance(direction, Tensor) or direction.shape != matrix.shape:
             seen = tuple(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__
             raise UserError(f"{name}: its update returned {seen} for a matrix of shape {tuple(matrix.shape)}")
@@ -93,17 +98,24 @@ def _muon(config: Muon, dtype: torch.dtype) -> MatrixUpdate:
 
 
 def _compute_dtype(name: str, parameter_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else parameter_dtype
-    return parameter_dtype if name == "parameter" else _DTYPES[name]
+    if name in _DTYPES:
+        return _DTYPES[name]
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16
+    # The norm of a matrix in fp16 overflows.
+    return torch.float32 if parameter_dtype == torch.float16 else parameter_dtype
 
 
 def _custom(config: CustomMatrix) -> MatrixUpdate:
     found = _find(config.algorithm)
-    update = found() if inspect.isclass(found) else found
-    if not callable(update):
-        raise UserError(f"{config.algorithm}: is neither a function nor a class with __call__(matrix, state)")
-    takes = inspect.signature(update).parameters
+    try:
+        update: Any = found() if inspect.isclass(found) else found
+        takes = inspect.signature(update).parameters
+    except Exception as error:
+        raise UserError(
+            f"{config.algorithm}: is neither a function of Python's nor a class without arguments that has "
+            f"__call__(matrix, state): {type(error).__name__}: {error}"
+        ) from error
     anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values())
     if unknown := [] if anything else [name for name in config.arguments if name not in takes]:
         known = ", ".join(list(takes)[2:]) or "nothing besides the matrix and its state"
@@ -135,6 +147,8 @@ def _self_test(algorithm: str, update: MatrixUpdate) -> None:
         gradients = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
         size = f"{shape[0]}x{shape[1]}"
         try:
+            if not 0 < update.flops(*shape) < math.inf:
+                raise UserError(f"{algorithm}: flops{shape} is {update.flops(*shape)}; it must be positive")
             first, again = (_toy_run(algorithm, update, gradients) for _ in range(2))
             stacked = (
                 _toy_run(algorithm, update, torch.stack([gradients] * 2, dim=1))[:, 1] if update.batched else first
@@ -156,6 +170,8 @@ def _toy_run(algorithm: str, update: MatrixUpdate, gradients: Tensor) -> Tensor:
     shape = gradients.shape[-2:]
     expected = update.initial_state(torch.empty(shape, device="meta"))
     state = update.initial_state(torch.zeros(shape, dtype=gradients.dtype))
+    if taken := expected.keys() & {STEP, MOMENTUM}:
+        raise UserError(f"{algorithm}: initial_state makes {', '.join(taken)}, which disttrain has: take another name")
     if shapes := [key for key in state if key not in expected or state[key].shape != expected[key].shape]:
         raise UserError(f"{algorithm}: initial_state gives other {', '.join(shapes)} for a meta tensor")
     if gradients.dim() == 4:

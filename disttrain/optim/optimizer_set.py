@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from disttrain.config.groups import Group
-from disttrain.config.matrix_groups import SOAP
 from disttrain.optim.elementwise import ScheduleFreeAdamW
 from disttrain.optim.matrix_optimizer import MatrixOptimizer
 from disttrain.optim.state_precision import LowPrecisionStates
@@ -56,7 +55,7 @@ class OptimizerSet:
     @property
     def looking_steps(self) -> int:
         """Steps in which some algorithm moves nothing yet."""
-        return int(any(isinstance(group["config"], SOAP) for group in self.param_groups))
+        return max((group["config"].looking_steps for group in self.param_groups), default=0)
 
     def step(self, skip: Tensor | None = None) -> None:
         """Update every parameter, or none where the scalar `skip` is not 0."""

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from disttrain.config import OptimConfig
 from disttrain.config.groups import Custom
 from disttrain.config.matrix_groups import CustomMatrix
+from disttrain.errors import UserError
 from disttrain.optim.adapter import self_test
 from disttrain.optim.matrix_updates import matrix_update
 from disttrain.testing.optimizer_parity import (
@@ -25,8 +27,7 @@ from disttrain.testing.parity import ParityRow, place
 from disttrain.testing.pool import RankPool
 
 WORLDS = (2, 3, 4, 8)
-Layout = tuple[dict[str, Any], str]
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
     "ddp": (STRATEGIES["ddp"], "spread"),
     "ddp replicate": (STRATEGIES["ddp"], "replicate"),
     "zero1": (STRATEGIES["zero1"], "auto"),
@@ -70,10 +71,13 @@ def matrix_cases(algorithm: str | None = None) -> dict[str, dict[str, Any]]:
 def check_importable(algorithm: str) -> None:
     """Try a function or class of the user's in this process, before any rank starts; UserError if it cannot work."""
     common: dict[str, Any] = {"name": "user", "match": (".*",), "algorithm": algorithm}
-    if ":" in algorithm:
-        matrix_update(CustomMatrix.model_validate(common), torch.float64, torch.device("cpu"))
-    elif "." in algorithm:
-        self_test(Custom.model_validate(common))
+    try:
+        if ":" in algorithm:
+            matrix_update(CustomMatrix.model_validate(common), torch.float64, torch.device("cpu"))
+        elif "." in algorithm:
+            self_test(Custom.model_validate(common))
+    except ValidationError as error:
+        raise UserError(f"{algorithm}: is no name of the form package.Class or package.module:update") from error
 
 
 def matrix_table(pool: RankPool, worlds: tuple[int, ...] = WORLDS, algorithm: str | None = None) -> Iterator[ParityRow]:

@@ -81,6 +81,16 @@ class Inconsistent(Whitened):
         return {"meta": matrix.new_zeros(2)} if matrix.is_meta else {"real": matrix.new_zeros(2)}
 
 
+class Reserved(Whitened):
+    def initial_state(self, matrix: Tensor) -> dict[str, Tensor]:
+        return {"momentum_buffer": matrix.new_zeros(matrix.shape)}
+
+
+class Free(Whitened):
+    def flops(self, rows: int, columns: int) -> float:
+        return 0.0
+
+
 class Late:
     """Right on toys, wrong on one matrix of the model: what only the owner finds out."""
 

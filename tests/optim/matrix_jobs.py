@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from disttrain.config import OptimConfig
 from disttrain.config.matrix_groups import ExchangeConfig, Muon
 from disttrain.config.parallel import ParallelConfig
+from disttrain.errors import UserError
 from disttrain.models import GPT_PLAN
 from disttrain.optim import MatrixOptimizer, build_optimizer, matrix_optimizer, set_learning_rate
 from disttrain.optim import matrix_exchange as exchange_module
@@ -143,7 +144,7 @@ def missing(rank: int, world: int, layout: str, ranks: list[int]) -> dict[str, T
 
 def spoilt(rank: int, world: int, mistake: str) -> dict[str, float]:
     """The errors of the table with one `mistake` in the exchange."""
-    own = exchange_module.MatrixExchange.give_back
+    own = exchange_module.MatrixExchange.dist_give_back
 
     def wrong(self: Any, bucket: Any, wholes: dict[int, Tensor]) -> Any:
         if mistake == "one owner off by 1e-9" and rank == 0:
@@ -152,11 +153,11 @@ def spoilt(rank: int, world: int, mistake: str) -> dict[str, float]:
             wholes = {unit: whole.flip(0) for unit, whole in wholes.items()}
         return own(self, bucket, wholes)
 
-    exchange_module.MatrixExchange.give_back = wrong  # type: ignore[method-assign]
+    exchange_module.MatrixExchange.dist_give_back = wrong  # type: ignore[method-assign]
     try:
         return synthetic_job(rank, world, "cpu", "fsdp")
     finally:
-        exchange_module.MatrixExchange.give_back = own  # type: ignore[method-assign]
+        exchange_module.MatrixExchange.dist_give_back = own  # type: ignore[method-assign]
 
 
 def differing_plans(rank: int, world: int) -> None:
@@ -164,6 +165,56 @@ def differing_plans(rank: int, world: int) -> None:
     toys = Toys(world, CPU, ParallelConfig(strategy="fsdp"))
     case = {**CASES["muon"], "coefficients": "you5" if rank == 1 else "keller5"}
     build_optimizer(toys, synthetic_optim(case, "auto"), GPT_PLAN)
+
+
+def differing_on_a_grid(rank: int, world: int) -> str:
+    """One rank of two copies of two shards was given another algorithm: what this rank is told."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate(), Shard(0)]))
+    try:
+        matrix_optimizer("normuon" if rank == 1 else "muon", [("weight", weight)], lr=0.1)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def reloaded(rank: int, world: int, algorithm: str) -> tuple[float, float]:
+    """Through torch's state_dict: the distance from a run that goes on, and what a rate of 0 moves afterwards."""
+    mesh = init_device_mesh("cpu", (world,))
+    through, stopped = (
+        nn.Parameter(distribute_tensor(torch.eye(6, 4, dtype=torch.float64), mesh, [Shard(0)])) for _ in range(2)
+    )
+    first, second = (matrix_optimizer(algorithm, [("w", w)], lr=0.1) for w in (through, stopped))
+    _steps(through, mesh, first, range(3))
+    with torch.no_grad():
+        stopped.copy_(through)
+    second.load_state_dict(first.state_dict())
+    _steps(through, mesh, first, range(3, 6))
+    _steps(stopped, mesh, second, range(3, 6))
+    distance = (local(through) - local(stopped)).abs().sum().item()
+    second.param_groups[0]["lr"] = 0.0
+    before = local(stopped).clone()
+    _steps(stopped, mesh, second, range(6, 7))
+    return distance, (local(stopped) - before).abs().sum().item()
+
+
+def _steps(weight: nn.Parameter, mesh: Any, optimizer: MatrixOptimizer, steps: range) -> None:
+    for step in steps:
+        gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        weight.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+        optimizer.step()
+
+
+def sums_left_undone(rank: int, world: int) -> bool:
+    """A gradient whose sum over ranks nobody has taken yet counts as the sum."""
+    mesh = init_device_mesh("cpu", (world,))
+    weights = [nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])) for _ in range(2)]
+    whole = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    weights[0].grad = distribute_tensor(whole, mesh, [Shard(0)])
+    weights[1].grad = DTensor.from_local(whole / world, mesh, [Partial()])
+    for weight in weights:
+        matrix_optimizer("muon", [("weight", weight)], lr=0.1).step()
+    return torch.allclose(local(weights[0]), local(weights[1]), rtol=0, atol=1e-5)
 
 
 def gpt_plan(rank: int, world: int, strategy: dict[str, Any], optim: OptimConfig) -> tuple[list[str], MatrixPlan]:
@@ -198,7 +249,7 @@ def of_unlike_types(rank: int, world: int) -> int:
     module = nn.Module()
     for name, dtype in (("first", torch.float32), ("second", torch.float64)):
         whole = torch.randn(4, 4, dtype=dtype)
-        module.register_parameter(name, nn.Parameter(distribute_tensor(whole, mesh, [_rows()])))
+        module.register_parameter(name, nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)])))
     module.register_parameter("third", nn.Parameter(torch.ones(3, 3)))
     named = dict(module.named_parameters())
     config = muon_section()
@@ -210,9 +261,3 @@ def of_unlike_types(rank: int, world: int) -> int:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     return len(optimizer.plans)
-
-
-def _rows() -> Placement:
-    from torch.distributed.tensor import Shard
-
-    return Shard(0)

@@ -31,6 +31,10 @@ def cases() -> dict[str, OptimConfig]:
         optims[f"{name} {dtype}"] = optim_of(name, ALGORITHMS[name] | {"state_dtype": dtype}, "square|vector", CLIP)
     for name, case in CASES.items():
         optims[name] = synthetic_optim(case, "auto")
+    # Its state is one number a matrix.
+    optims["a user's function"] = synthetic_optim(
+        {"algorithm": "tests.optim.matrix_functions:Stacked", "lr": 0.01, "momentum": 0.5}, "auto"
+    )
     optims["soap, computed once"] = synthetic_optim(CASES["soap"], "spread")
     optims["torch.optim.NAdam"] = optim_of("torch.optim.NAdam", {"lr": 1e-2}, "square|vector", CLIP)
     optims["torch.optim.Adadelta"] = optim_of("torch.optim.Adadelta", {"lr": 1e-1}, "square|vector", CLIP)

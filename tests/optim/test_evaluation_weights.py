@@ -32,7 +32,7 @@ def test_element_wise_updates_send_nothing_and_the_others_twice(pool: RankPool, 
     sharded = name != "ddp"
     expected: dict[str, dict[str, int]] = {case: {} for case in counted}
     expected["adafactor"] = {"all_reduce": 2} if sharded else {}
-    expected |= {case: {"all_to_all": 2} if sharded else {} for case in CASES}
+    expected |= {case: {"all_to_all": 2} if sharded else {} for case in (*CASES, "a user's function")}
     once = counted.pop("soap, computed once")
     assert counted == {case: calls for case, calls in expected.items() if case in counted}
     assert once.get("all_to_all", 0) == 2 * sharded

@@ -49,13 +49,15 @@ def test_arguments_and_costs_are_the_functions_own() -> None:
     [
         ("transposed", {}, "its update returned (3, 7) for a matrix of shape (7, 3)"),
         ("nothing", {}, "its update returned NoneType for a matrix of shape (7, 3)"),
-        ("raising", {}, "ArithmeticError on a 7x3 matrix: no such luck"),
+        ("raising", {}, "its update raised ArithmeticError on 7x3: no such luck"),
         ("random", {}, "two runs on the same 7x3 matrices differ: it must be pure"),
         ("remembering", {}, "its update made the state last, which initial_state did not"),
         ("Growing", {}, "its update made the state gram (14, 7), and initial_state (7, 7)"),
         ("Inconsistent", {}, "initial_state gives other real for a meta tensor"),
         ("Unstackable", {}, "it says batched, and a stack of 7x3 matrices gives others than one by one"),
-        ("NUMBER", {}, "is neither a function nor a class with __call__(matrix, state)"),
+        ("NUMBER", {}, "is neither a function of Python's nor a class without arguments"),
+        ("Reserved", {}, "initial_state makes momentum_buffer, which disttrain has: take another name"),
+        ("Free", {}, "flops(7, 3) is 0.0; it must be positive"),
         ("Whitened", {"betta": 1}, "takes no betta; it takes beta"),
         ("transposed", {"x": 1}, "takes no x; it takes nothing besides the matrix and its state"),
         (

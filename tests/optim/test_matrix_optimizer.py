@@ -188,3 +188,38 @@ def test_copies_say_why_they_share_the_computation(pool: RankPool) -> None:
         lines, plan = pool.run(JOBS + "gpt_plan", 4, strategy={"strategy": "hsdp", "dp_replicate": 2}, optim=optim)[0]
         assert plan.spread is shares
         assert f"copies of the model {'share' if shares else 'do not share'} the computation" in lines[1]
+
+
+def test_plans_are_compared_over_the_whole_grid(pool: RankPool) -> None:
+    """Ranks of a row that agree must hear of the row that does not; and the algorithm is part of a plan."""
+    for said in pool.run(JOBS + "differing_on_a_grid", 4):
+        assert said.startswith("the plan for exchanging matrices differs: rank 0 has another than rank 1;")
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "normuon", "soap"])
+def test_torchs_state_dict_goes_into_the_owners_state(pool: RankPool, algorithm: str) -> None:
+    for distance, moved in pool.run(JOBS + "reloaded", 2, algorithm=algorithm):
+        assert (distance, moved) == (0, 0)
+
+
+def test_a_gradient_that_is_a_partial_sum_is_summed(pool: RankPool) -> None:
+    assert all(pool.run(JOBS + "sums_left_undone", 2))
+
+
+def test_frozen_parameters_stay_and_what_is_not_an_optimizers_is_refused() -> None:
+    weight, frozen = nn.Parameter(torch.eye(3)), nn.Parameter(torch.eye(3), requires_grad=False)
+    named = [("weight", weight), ("frozen", frozen)]
+    optimizer = matrix_optimizer("muon", named, lr=0.1)
+    assert optimizer.step(lambda: 3) == 3
+    assert torch.equal(frozen, torch.eye(3))
+    assert not torch.equal(weight, torch.eye(3))
+    with pytest.raises(UserError, match="give it all of them at the start"):
+        optimizer.add_param_group({"params": [frozen]})
+    for wrong, said in (
+        ({"algorithm": "adamw"}, "adamw: works on elements"),
+        ({"algorithm": "muonn"}, "muonn: algorithm: "),
+        ({"algorithm": "muon", "clip": 1.0}, "an optimizer does not clip"),
+        ({"algorithm": "muon", "momentun": 0.9}, "muon: momentun: "),
+    ):
+        with pytest.raises(UserError, match=said):
+            matrix_optimizer(named_parameters=named, lr=0.1, **wrong)  # type: ignore[arg-type]

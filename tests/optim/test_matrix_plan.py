@@ -9,7 +9,7 @@ import torch
 
 from disttrain.config.matrix_groups import Muon
 from disttrain.errors import UserError
-from disttrain.optim.matrix_optimizer import in_software_pipeline
+from disttrain.optim.matrix_optimizer import dist_in_software_pipeline
 from disttrain.optim.matrix_plan import Box, MatrixPlan, MatrixUnit, build_plan, row_regions, spread_pays
 from disttrain.optim.matrix_split import blocks_of, matrix_problems
 from disttrain.optim.newton_schulz import newton_schulz_flops
@@ -168,7 +168,7 @@ def test_one_bucket_travels_while_the_one_before_computes() -> None:
             if stage != "apply":
                 yield
 
-    in_software_pipeline(task(number) for number in range(3))  # type: ignore[misc]
+    dist_in_software_pipeline(task(number) for number in range(3))  # type: ignore[misc]
     assert happened == [
         *("send 0", "send 1", "compute 0", "send 2", "compute 1", "apply 0"),
         *("compute 2", "apply 1", "apply 2"),
