@@ -40,6 +40,9 @@ ALGORITHMS: dict[str, type[Group]] = {
 }
 """A name with a dot is an optimizer class of the user's (`Custom`), with a colon a matrix function (`CustomMatrix`)."""
 
+BY_TAG: dict[str, type[Group]] = {**ALGORITHMS, "custom": Custom, "custom_matrix": CustomMatrix}
+"""As errors name the kinds of groups."""
+
 
 def _tag(group: Any) -> str:
     name = group.get("algorithm", "adamw") if isinstance(group, dict) else group.algorithm

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from disttrain.config.algorithms import ALGORITHMS
+from disttrain.config.algorithms import ALGORITHMS, BY_TAG
 from disttrain.config.run import RunConfig
 from disttrain.config.sources import Values, read_values
 from disttrain.errors import UserError
@@ -179,8 +179,8 @@ def _with_parents(key: str) -> list[str]:
 
 def _nearest_in_group(location: tuple[int | str, ...]) -> str | None:
     """What a group with this algorithm takes, where the unknown key is one of a group."""
-    algorithm = next((ALGORITHMS[part] for part in location[:-1] if part in ALGORITHMS), None)
-    if algorithm is None or location[-2] not in ALGORITHMS:
+    algorithm = next((BY_TAG[str(part)] for part in location[:-1] if part in BY_TAG), None)
+    if algorithm is None or location[-2] not in BY_TAG:
         return None
     near = difflib.get_close_matches(str(location[-1]), algorithm.model_fields, n=1)
     return near[0] if near else f"one of {', '.join(algorithm.model_fields)}"

@@ -5,9 +5,9 @@ All of them step by `W <- (1 - lr weight_decay) W - lr lr_scale D`, with D the a
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from disttrain.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from disttrain.config.groups import Beta, Betas, Group, Regex
@@ -15,14 +15,42 @@ from disttrain.config.groups import Beta, Betas, Group, Regex
 LrScale = Literal["original", "match_rms_adamw", "spectral", "none"]
 CoefficientSet = Literal["polar_express5", "keller5", "you5", "deepseekv4"]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
-Coefficients = CoefficientSet | Annotated[tuple[Triple, ...], Field(strict=False, min_length=1)]
+
+
+def _set_or_triples(value: Any) -> Any:
+    """One problem in words, where a union would tell one for each of its kinds."""
+    triples = isinstance(value, list | tuple) and value and all(_numbers(t, 3) for t in value)
+    if value not in get_args(CoefficientSet) and not triples:
+        raise ValueError(
+            f"must be one of {', '.join(get_args(CoefficientSet))}, or a list of [a, b, c], one an iteration"
+        )
+    return value
+
+
+def _size_or_sizes(value: Any) -> Any:
+    whole = [value] if isinstance(value, int) else value
+    if not (isinstance(whole, list | tuple) and whole and all(type(size) is int and size > 0 for size in whole)):
+        raise ValueError("must be a positive whole number, or a list of them")
+    return value
+
+
+def _numbers(value: Any, count: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == count and all(type(n) in (int, float) for n in value)
+
+
+Coefficients = Annotated[
+    CoefficientSet | Annotated[tuple[Triple, ...], Field(strict=False)], BeforeValidator(_set_or_triples)
+]
+Sizes = Annotated[
+    PositiveInt | Annotated[tuple[PositiveInt, ...], Field(strict=False)], BeforeValidator(_size_or_sizes)
+]
 
 
 class Split(Section):
     """Parameters that hold several matrices, one after the other (q, k and v, or heads), each computed by itself."""
 
     match: Regex
-    sizes: PositiveInt | Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
+    sizes: Sizes
     """Rows of each block in order, or one number for blocks that all have as many (a head's width, say)."""
     dim: Literal[0, 1] = 0
     """1 counts columns: for modules that keep their weights as [in, out]."""
@@ -107,7 +135,7 @@ class ExchangeConfig(Section):
     """How matrices travel to the processes that compute them, for all groups of matrices together."""
 
     bucket_bytes: PositiveInt = 16 * 2**20
-    """What a process sends of one bucket before the next begins to travel beside the first one's computation."""
+    """A bucket ends when a process sends as much of it (and has a matrix to compute): the next travels meanwhile."""
     replicas: Literal["auto", "replicate", "spread"] = "auto"
     """Where several processes hold the same shard: `replicate` computes once in each copy of the model, `spread` once
     in all, and the result travels between copies. auto takes the cheaper by the next two numbers."""

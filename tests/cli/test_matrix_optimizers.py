@@ -85,7 +85,12 @@ def test_a_function_of_the_users_trains_and_is_verified(config: Path, tmp_path: 
     [
         ("muon", "^blocks", "", "group matrices: muon takes matrices only, not blocks.0.attention_norm.weight (16), "),
         ("muon", "wte", "", "muon is for matrices that multiply every token, and wte.weight is a table"),
-        ("muon", "role:matrices", 'coefficients = "kellr5"', "coefficients"),
+        (
+            "muon",
+            "role:matrices",
+            'coefficients = "kellr5"',
+            "optim.groups.0.coefficients: must be one of polar_express5, keller5, you5, deepseekv4, or a list of ",
+        ),
         (
             "muon",
             "mlp.up.weight",

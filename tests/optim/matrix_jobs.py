@@ -31,6 +31,7 @@ STACK = {f"layer{n}": (rows, columns) for n, (rows, columns) in enumerate([(6, 6
 
 CASES_OF_BITS = {
     **CASES,
+    "a user's function": {"algorithm": "tests.optim.matrix_functions:Whitened", "lr": 0.01},
     "muon (bf16 on the wire)": {**CASES["muon"], "wire_dtype": "bf16"},
     "muon (computed in bf16, auto on the wire)": {**CASES["muon"], "compute_dtype": "bf16"},
     "muon (computed in bf16, parameter on the wire)": {
