@@ -112,7 +112,7 @@ def test_a_table_shows_every_matrix_with_its_owner() -> None:
 
 
 def test_copies_share_where_computing_costs_more_than_sending() -> None:
-    """Square matrices of width d: d > element_bytes flops / (30 bandwidth), ALGORITHMS 2.2 (b)."""
+    """Square matrices of width d: d > element_bytes flops / (30 bandwidth)."""
     flops, bandwidth = 4e14, 2.5e10
     for width, pays in ((1000, False), (1100, True)):
         square = MatrixUnit("square", (width, width), row_regions((width, width), 2), 30.0 * width**3)
