@@ -6,6 +6,7 @@
 It trains from the start and leaves a checkpoint in the run folder, which `disttrain generate` can open.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -69,7 +70,9 @@ def main() -> None:
             run.folder.write_config(config)
             if data.tokenizer is not None:
                 data.tokenizer.save(run.folder.tokenizer)
-            print(f"validation loss {measured.loss!r}")
+            print(f"validation loss {measured.loss!r}", flush=True)
+    # FSDP2 holds the group a while longer, and a thread of gloo can abort a process in the interpreter's teardown.
+    os._exit(0)
 
 
 if __name__ == "__main__":
