@@ -64,7 +64,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Into the tensors and groups that are there, of a `state_dict` on the same layout; else UserError.
 
-        disttrain's checkpoints, and torch's distributed ones, load on any layout.
+        disttrain's checkpoints load on any layout.
         """
         groups, states = self.param_groups, self.state
         super().load_state_dict(state_dict)

@@ -73,7 +73,7 @@ def matrix_update(config: MatrixGroup, parameter_dtype: torch.dtype, device: tor
     if isinstance(config, Muon):
         return _muon(config, _compute_dtype(config.compute_dtype, parameter_dtype, device))
     if isinstance(config, SOAP | Shampoo):
-        settings: dict[str, Any] = {key: getattr(config, key) for key in ("betas", "eps", "every", "max_dim")}
+        settings: dict[str, Any] = {key: getattr(config, key) for key in ("betas", "eps", "every")}
     if isinstance(config, SOAP):
         return MatrixUpdate(partial(soap_update, **settings), partial(soap_state, max_dim=config.max_dim), soap_flops)
     if isinstance(config, Shampoo):

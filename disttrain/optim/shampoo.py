@@ -25,7 +25,6 @@ def shampoo_update(
     eps: float,
     ridge: float,
     every: int,
-    max_dim: int,
 ) -> Tensor:
     """The direction D for the gradient `matrix`, to be subtracted times lr; `state` follows in place.
 
@@ -34,7 +33,7 @@ def shampoo_update(
     """
     gradient = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     step = int(state["step"])
-    grams = average_grams(gradient, state, betas[1], max_dim)
+    grams = average_grams(gradient, state, betas[1])
     mean, squares = average_moments(gradient, state, betas, step)
     if (step - 1) % every == 0:
         for side, gram in grams.items():

@@ -37,7 +37,6 @@ def soap_update(
     betas: tuple[float, float],
     eps: float,
     every: int,
-    max_dim: int,
 ) -> Tensor:
     """The direction D for the gradient `matrix`, to be subtracted times lr; `state` follows in place.
 
@@ -48,12 +47,12 @@ def soap_update(
     gradient = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     count = int(state["step"]) - 1
     if count == 0:
-        for side, gram in average_grams(gradient, state, betas[1], max_dim).items():
+        for side, gram in average_grams(gradient, state, betas[1]).items():
             state[f"{side}_basis"].copy_(_first_basis(gram))
         return matrix.new_zeros(matrix.shape)
     mean, squares = average_moments(_rotated(gradient, state), state, betas, count)
     direction = _rotated(mean / (squares.sqrt() + eps), state, back=True)
-    grams = average_grams(gradient, state, betas[1], max_dim)
+    grams = average_grams(gradient, state, betas[1])
     if count % every == 0:
         _turn_bases(state, grams, gradient.dtype)
     return direction.to(matrix.dtype)
@@ -64,10 +63,10 @@ def soap_flops(rows: int, columns: int) -> float:
     return 6.0 * rows * columns * (rows + columns)
 
 
-def average_grams(gradient: Tensor, state: dict[str, Tensor], beta: float, max_dim: int) -> dict[str, Tensor]:
+def average_grams(gradient: Tensor, state: dict[str, Tensor], beta: float) -> dict[str, Tensor]:
     """The averages of G G^T and G^T G after `gradient` [A, B], for the sides that have one; kept in `state`."""
     turned = dict(zip(SIDES, (gradient, gradient.mT), strict=True))
-    return {s: average_into(state[s], g @ g.mT, beta) for s, g in turned.items() if g.shape[0] <= max_dim}
+    return {s: average_into(state[s], g @ g.mT, beta) for s, g in turned.items() if s in state}
 
 
 def average_moments(

@@ -24,7 +24,7 @@ def directions(
     for step, gradient in enumerate(series, 1):
         state["step"] = torch.tensor(float(step))
         before = gradient.clone()
-        seen.append(shampoo_update(gradient, state, betas=betas, eps=EPS, ridge=ridge, every=every, max_dim=max_dim))
+        seen.append(shampoo_update(gradient, state, betas=betas, eps=EPS, ridge=ridge, every=every))
         assert torch.equal(gradient, before)
         assert state["step"].item() == step
     return seen, state

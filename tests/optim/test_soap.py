@@ -22,7 +22,7 @@ def directions(series: list[Tensor], every: int = 3, max_dim: int = LARGE) -> tu
     for step, gradient in enumerate(series, 1):
         state["step"] = torch.tensor(float(step))
         before = gradient.clone()
-        seen.append(soap_update(gradient, state, betas=BETAS, eps=EPS, every=every, max_dim=max_dim))
+        seen.append(soap_update(gradient, state, betas=BETAS, eps=EPS, every=every))
         assert torch.equal(gradient, before)
         assert state["step"].item() == step
     return seen, state

@@ -74,7 +74,7 @@ def _soap(group: Any, memory: Memory, gradient: Tensor, t: int) -> Tensor:
     """The very function: an eigenbasis is known only up to signs, and of a singular matrix not even that, so another
     sequence of operations would be another trajectory. tests/optim/test_soap.py tests the function itself."""
     state = memory.setdefault("state", soap_state(gradient, max_dim=group.max_dim))
-    settings = {"betas": group.betas, "eps": group.eps, "every": group.every, "max_dim": group.max_dim}
+    settings = {"betas": group.betas, "eps": group.eps, "every": group.every}
     return soap_update(gradient, state | {"step": torch.tensor(float(t))}, **settings)
 
 
