@@ -5,72 +5,27 @@ Formulas and sources are with the code (`disttrain.optim`); names are those of `
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_serializer
+from pydantic import Field, model_serializer
 
-from disttrain.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
-
-
-def _compiles(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from error
-    return pattern
-
-
-def _not_empty(rules: tuple[str, ...]) -> tuple[str, ...]:
-    if not rules:
-        raise ValueError("must have at least one rule; ['.*'] matches every parameter")
-    return rules
-
+from disttrain.config.base import Match, Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
+from disttrain.config.clipping import Clip
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Regex = Annotated[str, AfterValidator(_compiles)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 StateDtype = Literal["parameter", "bf16", "int8"]
-
-
-class NoClip(Section):
-    """The gradients stay as they are."""
-
-    kind: Literal["none"] = "none"
-
-
-class ClipValue(Section):
-    """Every element is brought into [-limit, limit]."""
-
-    kind: Literal["value"] = "value"
-    limit: PositiveFloat
-
-
-class ClipNorm(Section):
-    """Gradients are scaled down where a norm exceeds `limit`: that of the group, or that of all groups together."""
-
-    kind: Literal["norm"] = "norm"
-    limit: PositiveFloat
-    p: Annotated[float, Field(ge=1)] | Literal["inf"] = 2.0
-    over: Literal["group", "all"] = "group"
-
-    @property
-    def order(self) -> float:
-        return float(self.p)
-
-
-Clip = Annotated[NoClip | ClipValue | ClipNorm, Field(discriminator="kind")]
 
 
 class Group(Section):
     """What every group has, whatever its algorithm."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-    match: Annotated[tuple[Regex, ...], Field(strict=False), AfterValidator(_not_empty)]
+    name: Name
+    match: Match
     """Regular expressions looked for anywhere in a parameter's name, or `role:NAME` of the model's plan."""
     clip: Clip | None = None
-    """Default: by the norm of all gradients together, at `optim.clip_norm`."""
+    """Default: `optim.clip`."""
     algorithm: str
     lr: PositiveFloat
     """Peak rate; the schedule multiplies it."""

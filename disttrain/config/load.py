@@ -135,11 +135,7 @@ def _in_words(detail: Any, values: Values) -> str:
     if detail["type"] == "missing":
         return f"{where}: missing; set it in the file or as an override"
     if detail["type"] == "union_tag_invalid":
-        said = detail["ctx"]["tag"]
-        near = difflib.get_close_matches(said, [*ALGORITHMS], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        known = ", ".join(ALGORITHMS)
-        return f"{where}: algorithm {said!r} is not known{hint} ({known}, a package.Class or a package.module:function)"
+        return f"{where}: {_unknown_kind(detail['ctx'])}"
     if detail["type"] in ("model_type", "model_attributes_type"):
         return f"{where}: a section, written as a [{key}] table (got {detail['input']!r})"
     message = (
@@ -152,6 +148,15 @@ def _in_words(detail: Any, values: Values) -> str:
     if detail["type"] == "string_type":
         got += "; put it in quotes"
     return f"{where}: {message}{got}".removeprefix(": ")
+
+
+def _unknown_kind(context: Any) -> str:
+    said, custom = context["tag"], "custom" in context["expected_tags"]
+    known = [*ALGORITHMS] if custom else re.findall(r"\w+", context["expected_tags"])
+    near = difflib.get_close_matches(said, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    more = ", a package.Class or a package.module:function" if custom else ""
+    return f"{'algorithm' if custom else 'kind'} {said!r} is not known{hint} ({', '.join(known)}{more})"
 
 
 def _as_written(location: tuple[int | str, ...], table: Any) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
-from disttrain.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Section
-from disttrain.config.groups import Beta, Betas, Group, Regex
+from disttrain.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Regex, Section
+from disttrain.config.groups import Beta, Betas, Group
 
 LrScale = Literal["original", "match_rms_adamw", "spectral", "none"]
 CoefficientSet = Literal["polar_express5", "keller5", "you5", "deepseekv4"]

@@ -8,7 +8,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from disttrain.config.algorithms import ALGORITHMS, GroupConfig
 from disttrain.config.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from disttrain.config.groups import Beta, ClipNorm, Group, NoClip, StateDtype
+from disttrain.config.clipping import AdaptiveClip, Clip, ClipNorm, NoClip, QKClipConfig
+from disttrain.config.groups import Beta, Group, ScheduleFreeAdamW, StateDtype
 from disttrain.config.matrix_groups import ExchangeConfig, MatrixGroup
 from disttrain.schedule import Shape
 
@@ -24,6 +25,7 @@ Preset = Literal[
     "adafactor",
     "schedule_free_adamw",
     "muon",
+    "muonclip",
     "normuon",
     "soap",
     "shampoo",
@@ -46,7 +48,7 @@ class OptimConfig(Section):
 
     preset: Preset = "adamw"
     """One algorithm for everything, or, for those that need matrices, for the hidden matrices, with adamw for the rest;
-    without effect where `groups` are given."""
+    `groups` take their place. muonclip: muon, with `clip` adaptive and `qk_clip` on unless they say otherwise."""
     lr: PositiveFloat | None = None
     """Peak learning rate; the schedule multiplies it. This and the next four hold for groups that do not say their own;
     where nothing is said, the algorithm's default holds."""
@@ -57,6 +59,11 @@ class OptimConfig(Section):
     clip_norm: NonNegativeFloat = 1.0
     """Largest norm of all gradients together; longer gradients are scaled down to it. 0 switches clipping off. Groups
     with a `clip` of their own are clipped by that instead."""
+    clip: Clip | None = None
+    """How groups are clipped that do not say. Default: by the norm of all gradients together, at `clip_norm`."""
+    max_update_ratio: PositiveFloat | None = None
+    """No step moves a parameter by more than this times its own norm. Default: no limit."""
+    qk_clip: QKClipConfig = Field(default_factory=QKClipConfig)
     groups: Annotated[tuple[GroupConfig, ...], Field(strict=False)] = ()
     """First match wins; every rule must match, and every parameter must be matched."""
     exchange: ExchangeConfig = Field(default_factory=ExchangeConfig)
@@ -64,9 +71,27 @@ class OptimConfig(Section):
     @property
     def resolved_groups(self) -> tuple[Group, ...]:
         """The groups with everything filled in: their own settings, else the shared ones, else the defaults."""
-        clip = ClipNorm(limit=self.clip_norm, over="all") if self.clip_norm else NoClip()
         groups = self.groups or _preset_groups(self.preset)
-        return tuple(group.model_copy(update={"clip": group.clip or clip}) for group in map(self._with_shared, groups))
+        return tuple(
+            group.model_copy(update={"clip": self._resolved_clip(group.clip)})
+            for group in map(self._with_shared, groups)
+        )
+
+    @property
+    def resolved_qk_clip(self) -> QKClipConfig:
+        """With its mode filled in."""
+        mode = self.qk_clip.mode or ("clip" if self.preset == "muonclip" else "off")
+        return self.qk_clip.model_copy(update={"mode": mode})
+
+    def _resolved_clip(self, own: Clip | None) -> Clip:
+        clip = own or self.clip
+        if clip is None and self.preset == "muonclip":
+            clip = AdaptiveClip()
+        if clip is None:
+            return ClipNorm(limit=self.clip_norm, over="all") if self.clip_norm else NoClip()
+        if isinstance(clip, AdaptiveClip) and clip.max_norm is None:
+            return clip.model_copy(update={"max_norm": self.clip_norm})
+        return clip
 
     def _with_shared(self, group: Group) -> Group:
         own, fields = group.model_fields_set, type(group).model_fields
@@ -86,6 +111,8 @@ class OptimConfig(Section):
             if getattr(self, key) is not None and not any(key in type(group).model_fields for group in groups):
                 algorithms = ", ".join(sorted({group.algorithm for group in groups}))
                 raise ValueError(f"{key}: {algorithms} has no such setting; leave it out")
+        if self.max_update_ratio and any(isinstance(group, ScheduleFreeAdamW) for group in groups):
+            raise ValueError("max_update_ratio: schedule_free_adamw averages its points, not its steps; leave it out")
         return self
 
 
@@ -101,6 +128,7 @@ class ScheduleConfig(Section):
 
 
 def _preset_groups(preset: str) -> tuple[Group, ...]:
+    preset = "muon" if preset == "muonclip" else preset
     section, rest = ALGORITHMS[preset], preset
     matrices: tuple[Group, ...] = ()
     if issubclass(section, MatrixGroup):

@@ -53,6 +53,16 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_qk_clip(self) -> RunConfig:
+        if self.model.qk_norm and self.optim.resolved_qk_clip.mode == "clip":
+            raise ValueError(
+                "optim.qk_clip: model.qk_norm = true normalises queries and keys after their weights, which undoes "
+                "any scaling of these and bounds the logits already; leave one of the two out, or set "
+                "optim.qk_clip.mode = 'log'"
+            )
+        return self
+
     @property
     def run_dir(self) -> Path:
         return Path(self.run.dir).expanduser() if self.run.dir else Path("runs") / self.run.name

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from disttrain.checkpoint.state import training_state
 from disttrain.config.parallel import ParallelConfig
 from disttrain.engines.protocol import UpdateResult
-from disttrain.optim import LossScale, OptimizerSet, dist_clip_gradients, set_learning_rate
+from disttrain.optim import GradientClipper, LossScale, OptimizerSet, Safeguards, set_learning_rate
 from disttrain.parallel import SyncRules, parameters_will_change, set_gradient_sync
 
 
 class NativeEngine:
-    """`model` is what `parallelize` made of `module`; `optimizer` owns the parameters of `module`."""
+    """`model` is what `parallelize` made of `module`; `optimizer` owns the parameters of `module`.
+
+    Without `safeguards`, groups are clipped by their rules as far as these need no names.
+    """
 
     def __init__(
         self,
@@ -26,10 +29,12 @@ class NativeEngine:
         *,
         parallel: ParallelConfig,
         device: torch.device,
+        safeguards: Safeguards | None = None,
     ) -> None:
         self.module = module
         self.model = model
         self.optimizer = optimizer
+        self.safeguards = safeguards or Safeguards(GradientClipper(optimizer.param_groups))
         self.rules = SyncRules.of(parallel)
         self.loss_scale = LossScale(parallel.param_dtype == "fp16", device)
 
@@ -41,13 +46,18 @@ class NativeEngine:
         (loss * self.loss_scale.scale).backward()
 
     def finish_step(self, lr_factor: float) -> UpdateResult:
-        norms = dist_clip_gradients(self.optimizer.param_groups, 1.0 / self.loss_scale.scale)
+        guards = self.safeguards
+        norms = guards.clipper.dist_clip(1.0 / self.loss_scale.scale)
         skipped = (~torch.isfinite(norms.total)).float()
         set_learning_rate(self.optimizer, lr_factor)
+        if guards.update_limit:
+            guards.update_limit.remember()
         self.optimizer.step(skip=skipped)
+        ratios = guards.update_limit.dist_apply() if guards.update_limit else None
+        logits = guards.qk_clip.dist_apply(skipped) if guards.qk_clip else None
         self.optimizer.zero_grad()
         self.loss_scale.update(skipped)
-        return UpdateResult(norms, skipped, self.loss_scale.scale)
+        return UpdateResult(norms, skipped, self.loss_scale.scale, ratios, logits)
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
@@ -58,7 +68,11 @@ class NativeEngine:
 
     def state(self) -> dict[str, Tensor]:
         parameters_will_change(self.model)
-        return {**training_state(self.module, self.optimizer), **self.loss_scale.state()}
+        return {
+            **training_state(self.module, self.optimizer),
+            **self.loss_scale.state(),
+            **self.safeguards.clipper.state(),
+        }
 
     def loaded(self) -> None:
         self.optimizer.loaded()

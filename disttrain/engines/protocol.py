@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from disttrain.optim import GradientNorms
+from disttrain.optim import AttentionLogits, GradientNorms
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,10 @@ class UpdateResult:
     """1 when the update was left out because a gradient was not finite, else 0."""
     loss_scale: Tensor
     """What the next step's loss is multiplied by before the backward; 1 without fp16."""
+    update_ratios: Tensor | None = None
+    """[parameters] how far each would have moved relative to its norm, where updates are limited."""
+    logits: AttentionLogits | None = None
+    """Where attention is watched."""
 
     @property
     def grad_norm(self) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disttrain.config import ModelConfig
+from disttrain.models.attention_logits import LogitWatch
 from disttrain.models.kv_cache import LayerCache
 
 
@@ -38,7 +39,8 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.heads, self.kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_dim
+        self.has_qk_norm = config.qk_norm
         d_kv = config.kv_heads * config.head_dim
         self.wq = nn.Linear(config.d_model, config.d_model, bias=config.bias)
         self.wk = nn.Linear(config.d_model, d_kv, bias=config.bias)
@@ -46,6 +48,8 @@ class CausalSelfAttention(nn.Module):
         self.wo = nn.Linear(config.d_model, config.d_model, bias=config.bias)
         self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.logit_watch: LogitWatch | None = None
+        """Where set, remembers the largest logits of forward passes that are trained on."""
 
     def forward(
         self,
@@ -62,6 +66,8 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.extend(k, v)
+        if self.logit_watch is not None and visible is None and torch.is_grad_enabled():
+            return self.wo(self.logit_watch.attend(q, k, v).transpose(1, 2).flatten(2))
         grouped = q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=grouped)
         return self.wo(y.transpose(1, 2).flatten(2))

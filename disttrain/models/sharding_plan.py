@@ -19,6 +19,8 @@ class ShardingPlan:
     """What parameters are, as regular expressions looked for in their names; groups name them as `role:NAME`."""
     residual_outputs: tuple[str, ...]
     """Weights that write into the residual stream."""
+    layer: str | None = None
+    """A regular expression that finds a parameter's layer: the number that it captures."""
 
     def units(self, model: nn.Module) -> Iterator[nn.Module]:
         for name, module in model.named_modules():
@@ -38,6 +40,10 @@ GPT_PLAN = ShardingPlan(
         "norms": r"norm\.",
         "biases": r"\.bias$",
         "matrices": r"^blocks\..*(wq|wk|wv|wo|up|down|gate)\.weight$",
+        "attention_qk": r"\.attention\.(wq|wk)\.weight$",
+        "attention_vo": r"\.attention\.(wv|wo)\.weight$",
+        "mlp": r"\.mlp\..*\.weight$",
     },
     residual_outputs=("*.attention.wo.weight", "*.mlp.down.weight"),
+    layer=r"^blocks\.(\d+)\.",
 )

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from disttrain.config.groups import ClipNorm, ClipValue
-from disttrain.optim.sharding import copies, local
+from disttrain.config.clipping import AGC, AdaptiveClip, Clip, ClipNorm, ClipValue, ZClip
+from disttrain.errors import UserError
+from disttrain.models import ShardingPlan
+from disttrain.optim.clip_rules import AGCRule, ClipRule, Decision, NormRule, Seen, ValueRule, clip_scale
+from disttrain.optim.clip_statistics import AdaptiveRule, ZClipRule
+from disttrain.optim.clip_units import assign_units, layer_of
+from disttrain.optim.held_gradients import HeldGradients, norm_of_entry
+from disttrain.optim.param_groups import matching
+from disttrain.optim.sharding import local
+
+Groups = Sequence[Mapping[str, Any]]
+_NO_PLAN = ShardingPlan((), {}, ())
+_STATE = "service.clip"
+"""A checkpoint without these histories loads too: they begin anew."""
+
+
+@dataclass(frozen=True)
+class UnitClips:
+    """Of every unit of adaptive clipping, in the order of `GradientClipper.unit_names`; fp64."""
+
+    norms: Tensor
+    """[units] before clipping."""
+    thresholds: Tensor
+    """[units] infinite in the warm-up."""
+    scales: Tensor
+    """[units] at most 1; without the limit on the norm of all."""
+    streaks: Tensor
+    """[units] for how many steps in a row a unit has been cut below one half."""
 
 
 @dataclass(frozen=True)
@@ -26,117 +51,181 @@ class GradientNorms:
     groups: Tensor
     """[groups] 2-norms."""
     scales: Tensor
-    """[groups] what each group's gradients were multiplied by to clip their norm: at most 1."""
+    """[groups] what each group's norm was multiplied by, as far as whole parts are scaled: at most 1."""
     shares: Tensor
-    """[groups] how much was clipped: 0 or 1 by norm, by value the share of the group's elements."""
+    """[groups] how much was clipped: 0 or 1 by norm, of adaptive clipping the share of units, by value that of
+    elements, of agc that of rows."""
+    units: UnitClips | None = None
 
 
-@torch.no_grad()
-def dist_clip_gradients(groups: Sequence[Mapping[str, Any]], unscale: Tensor) -> GradientNorms:
-    """Multiply all gradients by `unscale` (a scalar), then clip each of torch's parameter groups by its `config.clip`.
+class GradientClipper:
+    """The rules of torch's parameter groups, each with its section as `config`, and what they remember.
 
-    One all-reduce over the world, whatever the groups ask for: each rank adds what it holds, divided by the number of
-    ranks that hold the same, and empty shards add zero. Ranks must pass the same groups, with reduced gradients.
+    `names` are those of all parameters in the order of the groups, `steps` the length of the run; rules that choose by
+    name need both and the model's `plan`. Raises UserError for rules that do not fit the parameters.
     """
-    world, rank = dist.get_world_size(), dist.get_rank()
-    clips = [group["config"].clip for group in groups]
-    shared = {clip.order for clip in clips if isinstance(clip, ClipNorm) and clip.over == "all"}
-    held = [_Held(group["params"], clip, shared, world, rank) for group, clip in zip(groups, clips, strict=True)]
-    device = next((gradient.device for group in held for gradient in group.gradients), torch.device("cpu"))
-    # Offloaded gradients lie on the host, the scale with the model.
-    unscale = unscale.to(device, torch.float64)
-    sums = torch.cat([entry for group in held for entry in group.entries(unscale)])
-    dist.all_reduce(sums)
-    entries = iter(sums.split([size for group in held for size in group.sizes]))
-    for group in held:
-        group.read(entries, unscale)
-    together = {order: _join([group.norms[order] for group in held], order) for order in shared}
-    scales = torch.stack([group.clip_gradients(together, unscale) for group in held])
-    squares = torch.stack([group.squares.sum() for group in held])
-    return GradientNorms(
-        total=squares.sum().sqrt(),
-        parameters=torch.cat([group.squares for group in held]).sqrt(),
-        groups=squares.sqrt(),
-        scales=scales,
-        shares=torch.stack([group.share(scale) for group, scale in zip(held, scales, strict=True)]),
-    )
 
-
-def clip_scale(grad_norm: Tensor, max_norm: float) -> Tensor:
-    """The factor of at most one that brings `grad_norm` down to `max_norm` (torch's formula, arXiv 1211.5063)."""
-    return (max_norm / (grad_norm + 1e-6)).clamp(max=1.0)
-
-
-class _Held:
-    """One group's gradients on this rank, what it adds to the sum over ranks, and what it takes from it."""
-
-    def __init__(self, parameters: list[nn.Parameter], clip: Any, orders: set[float], world: int, rank: int) -> None:
-        self.clip, self.world, self.rank = clip, world, rank
-        own = {clip.order} if isinstance(clip, ClipNorm) else set()
-        self.orders = sorted((orders | own) - {2.0})
-        gradients = {index: p.grad for index, p in enumerate(parameters) if p.grad is not None}
-        self.present = list(gradients)
-        self.gradients = [local(gradient) for gradient in gradients.values()]
-        self.copies = [copies(gradient, world) for gradient in gradients.values()]
-        self.count, self.elements = len(parameters), sum(p.numel() for p in parameters)
-        self.norms: dict[float, Tensor] = {}
+    def __init__(
+        self, groups: Groups, names: Sequence[str] = (), plan: ShardingPlan = _NO_PLAN, steps: int | None = None
+    ) -> None:
+        self.groups, self.plan, self.steps = groups, plan, steps
+        named = iter(names)
+        self._names = [[next(named, "") for _ in group["params"]] for group in groups]
+        layers = {layer_of(name, plan) for name in names} - {-1}
+        self._edges = {min(layers), max(layers)} if layers else set()
+        self._unused: dict[AdaptiveClip, set[str]] = {}
+        self.rules = [self._rule(*pair) for pair in zip(groups, self._names, strict=True)]
+        if problems := [
+            f"optim: clip.units {name} matches none of the parameters that are clipped this way; correct it or take it "
+            "out"
+            for unused in self._unused.values()
+            for name in sorted(unused)
+        ]:
+            raise UserError(problems)
 
     @property
-    def sizes(self) -> list[int]:
-        """The lengths of `entries`: a maximum has a slot for every rank, for the sum must not add maxima up."""
-        by_value = [1] if isinstance(self.clip, ClipValue) else []
-        return [self.count, *(self.world if math.isinf(order) else 1 for order in self.orders), *by_value]
+    def adaptive(self) -> list[tuple[str, AdaptiveRule]]:
+        """Groups with adaptive clipping, by name."""
+        pairs = zip(self.groups, self.rules, strict=True)
+        return [(group["name"], rule) for group, rule in pairs if isinstance(rule, AdaptiveRule)]
 
-    def entries(self, unscale: Tensor) -> Iterator[Tensor]:
-        squares = unscale.new_zeros(self.count)
-        if self.present:
-            squares[self.present] = self._powers(2.0)
-        yield squares
-        for order in self.orders:
-            if math.isinf(order):
-                largest = [gradient.abs().max().double() for gradient in self.gradients if gradient.numel()]
-                slots = unscale.new_zeros(self.world)
-                slots[self.rank] = torch.stack(largest).max() if largest else 0.0
-                yield slots
-            else:
-                yield self._powers(order).sum().reshape(1) if self.present else unscale.new_zeros(1)
-        if isinstance(self.clip, ClipValue):
-            pairs = zip(self.gradients, self.copies, strict=True)
-            beyond = [(gradient.abs() * unscale > self.clip.limit).sum() / held for gradient, held in pairs]
-            yield torch.stack(beyond).sum().double().reshape(1) if beyond else unscale.new_zeros(1)
+    @property
+    def unit_names(self) -> list[str]:
+        return [f"{group}.{name}" for group, rule in self.adaptive for name in rule.names]
 
-    def read(self, entries: Iterator[Tensor], unscale: Tensor) -> None:
-        """Take this group's part of the sums over ranks, in the order of `entries`."""
-        self.squares = next(entries) * unscale.square()
-        self.norms[2.0] = self.squares.sum().sqrt()
-        for order in self.orders:
-            total = next(entries)
-            self.norms[order] = unscale * (total.max() if math.isinf(order) else total.sum() ** (1 / order))
-        self.beyond = next(entries).sum() if isinstance(self.clip, ClipValue) else None
+    @torch.no_grad()
+    def dist_clip(self, unscale: Tensor) -> GradientNorms:
+        """Multiply all gradients by `unscale` (a scalar), then clip each group by its rule, in place.
 
-    def clip_gradients(self, together: Mapping[float, Tensor], unscale: Tensor) -> Tensor:
-        """Change the gradients in place; the factor by which their norm was clipped."""
-        scale = torch.ones_like(unscale)
-        if isinstance(self.clip, ClipNorm):
-            norms = together if self.clip.over == "all" else self.norms
-            scale = clip_scale(norms[self.clip.order], self.clip.limit)
-        if self.gradients:
-            torch._foreach_mul_(self.gradients, (scale * unscale).to(self.gradients[0].dtype))
-        if self.gradients and isinstance(self.clip, ClipValue):
-            torch._foreach_clamp_min_(self.gradients, -self.clip.limit)
-            torch._foreach_clamp_max_(self.gradients, self.clip.limit)
-        return scale
+        One all-reduce over the world, whatever the groups ask for: each rank adds what it holds, divided by the number
+        of ranks that hold the same, and empty shards add zero. Ranks must hold the same groups and reduced gradients.
+        """
+        seen, held, unscale = self._dist_see(unscale)
+        decisions = [rule.decide(one) for rule, one in zip(self.rules, seen, strict=True)]
+        parts = [rule.part_squares(one.squares) for rule, one in zip(self.rules, seen, strict=True)]
+        on_top = self._on_top(decisions, parts)
+        for rule, decision, gradients, extra in zip(self.rules, decisions, held, on_top, strict=True):
+            for members, factor in zip(rule.parts, decision.factors, strict=True):
+                gradients.multiply(members, factor * extra * unscale)
+            rule.finish(gradients)
+        squares = torch.stack([part.sum() for part in parts])
+        clipped = [
+            ((decision.factors * extra).square() * part).sum()
+            for decision, extra, part in zip(decisions, on_top, parts, strict=True)
+        ]
+        return GradientNorms(
+            total=squares.sum().sqrt(),
+            parameters=torch.cat([one.squares for one in seen]).sqrt(),
+            groups=squares.sqrt(),
+            scales=torch.where(squares == 0, 1.0, (torch.stack(clipped) / squares).sqrt()),
+            shares=torch.stack([decision.share for decision in decisions]),
+            units=self._units(decisions, parts),
+        )
 
-    def share(self, scale: Tensor) -> Tensor:
-        return (scale < 1).double() if self.beyond is None else self.beyond / self.elements
+    def state(self) -> dict[str, Tensor]:
+        """What rules remember, by group and unit; a load writes into it."""
+        pairs = zip(self.groups, self.rules, strict=True)
+        return {
+            ".".join(filter(None, (_STATE, group["name"], name))): row
+            for group, rule in pairs
+            for name, row in zip(rule.names, rule.state, strict=True)
+        }
 
-    def _powers(self, order: float) -> Tensor:
-        """[gradients present] sums of |g|^order, divided by the number of ranks that hold the same; fp64."""
-        norms = torch.stack(list(torch._foreach_norm(self.gradients, ord=order))).double()
-        return norms**order / torch.tensor(self.copies, dtype=torch.float64, device=norms.device)
+    def _rule(self, group: Mapping[str, Any], names: list[str]) -> ClipRule:
+        clip: Clip | None = group["config"].clip
+        count = len(names)
+        device = local(group["params"][0]).device
+        if isinstance(clip, ClipValue):
+            return ValueRule(clip, count)
+        if isinstance(clip, ClipNorm):
+            return NormRule(clip, count)
+        if isinstance(clip, AGC):
+            known = [rule for rule in clip.skip if rule.removeprefix("role:") in self.plan.roles or ":" not in rule]
+            skipped = {name for rule in known for name in matching(rule, names, self.plan.roles)}
+            return AGCRule(clip, count, {index for index, name in enumerate(names) if name in skipped})
+        if isinstance(clip, ZClip):
+            return ZClipRule(clip, count, device)
+        if isinstance(clip, AdaptiveClip):
+            return self._adaptive_rule(group["name"], clip, names, device)
+        return ClipRule(count)
+
+    def _adaptive_rule(self, group: str, clip: AdaptiveClip, names: list[str], device: torch.device) -> AdaptiveRule:
+        until = clip.tighten_until or (self.steps or 0) // 2
+        if until <= clip.tighten_from:
+            raise UserError(
+                f"optim: group {group}: clip.tighten_from = {clip.tighten_from} is not before the end of the schedule, "
+                f"step {until} (half of the run); lower it, or set clip.tighten_until"
+            )
+        units, used = assign_units(group, names, clip, self.plan, self._edges)
+        self._unused.setdefault(clip, {rule.name for rule in clip.units}).difference_update(used)
+        return AdaptiveRule(clip, units, until, device)
+
+    def _dist_see(self, unscale: Tensor) -> tuple[list[Seen], list[HeldGradients], Tensor]:
+        """What all ranks hold of each group, what this rank holds, and `unscale` where the gradients are."""
+        world, rank = dist.get_world_size(), dist.get_rank()
+        # Offloaded gradients lie on the host, the scale with the model.
+        device = next((local(p).device for group in self.groups for p in group["params"]), torch.device("cpu"))
+        unscale = unscale.to(device, torch.float64)
+        held = [HeldGradients(group["params"], world, rank, device) for group in self.groups]
+        shared = {rule.order for rule in self.rules if rule.order and rule.over == "all"}
+        orders = [sorted((shared | ({rule.order} if rule.order else set())) - {2.0}) for rule in self.rules]
+        entries = [
+            [one.powers(2.0), *(one.entry(order) for order in wanted), *rule.entries(one, unscale)]
+            for one, wanted, rule in zip(held, orders, self.rules, strict=True)
+        ]
+        sums = torch.cat([entry for group in entries for entry in group])
+        dist.all_reduce(sums)
+        pieces = iter(sums.split([len(entry) for group in entries for entry in group]))
+        squares, norms, rest = [], [], []
+        for wanted, group in zip(orders, entries, strict=True):
+            squares.append(next(pieces) * unscale.square())
+            found = {order: unscale * norm_of_entry(next(pieces), order) for order in wanted}
+            norms.append(found | {2.0: squares[-1].sum().sqrt()})
+            rest.append([next(pieces) for _ in range(len(group) - 1 - len(wanted))])
+        finite = torch.isfinite(torch.cat(squares).sum())
+        seen = [
+            Seen(own, _Norms(norms, index), sums, finite)
+            for index, (own, sums) in enumerate(zip(squares, rest, strict=True))
+        ]
+        return seen, held, unscale
+
+    def _on_top(self, decisions: list[Decision], parts: list[Tensor]) -> list[Tensor | float]:
+        """For each group the factor by which the norm of all groups that have such a limit is brought down to it."""
+        limited = [index for index, rule in enumerate(self.rules) if rule.max_norm]
+        if not limited:
+            return [1.0] * len(self.rules)
+        squares = [(decisions[index].factors.square() * parts[index]).sum() for index in limited]
+        together = torch.stack(squares).sum().sqrt()
+        return [clip_scale(together, rule.max_norm) if rule.max_norm else 1.0 for rule in self.rules]
+
+    def _units(self, decisions: list[Decision], parts: list[Tensor]) -> UnitClips | None:
+        mine = [i for i, rule in enumerate(self.rules) if isinstance(rule, AdaptiveRule)]
+        if not mine:
+            return None
+        return UnitClips(
+            norms=torch.cat([parts[i] for i in mine]).sqrt(),
+            thresholds=torch.cat([t for i in mine if (t := decisions[i].thresholds) is not None]),
+            scales=torch.cat([decisions[i].factors for i in mine]),
+            streaks=torch.cat([self.rules[i].state[:, 3] for i in mine]).clone(),
+        )
 
 
-def _join(norms: Sequence[Tensor], order: float) -> Tensor:
-    """The norm of all groups together from the norm of each."""
-    stacked = torch.stack(list(norms))
-    return stacked.max() if math.isinf(order) else (stacked**order).sum() ** (1 / order)
+def dist_clip_gradients(groups: Groups, unscale: Tensor) -> GradientNorms:
+    """As `GradientClipper.dist_clip`, for a loop of one's own whose rules need no memory and no names."""
+    if any(isinstance(group["config"].clip, AdaptiveClip | ZClip) for group in groups):
+        raise UserError("clip: adaptive and zclip remember norms; make a GradientClipper once and call its dist_clip")
+    return GradientClipper(groups).dist_clip(unscale)
+
+
+@dataclass(frozen=True)
+class _Norms:
+    """Norms by order, of each group."""
+
+    norms: Sequence[Mapping[float, Tensor]]
+    index: int
+
+    def __call__(self, order: float, over: str) -> Tensor:
+        if over == "group":
+            return self.norms[self.index][order]
+        stacked = torch.stack([found[order] for found in self.norms])
+        return stacked.max() if order == float("inf") else (stacked**order).sum() ** (1 / order)

@@ -44,6 +44,16 @@ class OptimizerSet:
         return {self._names[p]: p for group in self.param_groups for p in group["params"]}
 
     @property
+    def points(self) -> dict[nn.Parameter, list[Tensor]]:
+        """Each parameter with the state tensors that are weights too: who scales a weight must scale them."""
+        states = self.state
+        found = {p: [p.detach()] for p in self._names}
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, ScheduleFreeAdamW):
+                found |= {p: [p.detach(), states[p]["z"]] for group in optimizer.param_groups for p in group["params"]}
+        return found
+
+    @property
     def groups(self) -> list[tuple[Group, list[str]]]:
         """Each group's section and the names of its parameters."""
         return [(group["config"], [self._names[p] for p in group["params"]]) for group in self.param_groups]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from disttrain.config.groups import Clip, ClipNorm, ClipValue
+from disttrain.config.clipping import AGC, AdaptiveClip, Clip, ClipNorm, ClipValue, ZClip
 from disttrain.optim.optimizer_set import OptimizerSet
 
 
@@ -94,4 +94,14 @@ def clip_in_words(clip: Clip | None) -> str:
         return f"elements to {clip.limit:g}"
     if isinstance(clip, ClipNorm):
         return f"{clip.p if isinstance(clip.p, str) else f'{clip.p:g}'}-norm of {clip.over} to {clip.limit:g}"
+    if isinstance(clip, AGC):
+        return f"rows to {clip.limit:g} of their weights (agc)"
+    if isinstance(clip, ZClip):
+        return f"norm of {clip.over} above {clip.z:g} deviations (zclip){_and_norm(clip.max_norm)}"
+    if isinstance(clip, AdaptiveClip):
+        return f"adaptive, {clip.early:g} to {clip.late:g} deviations{_and_norm(clip.max_norm)}"
     return "none"
+
+
+def _and_norm(limit: float | None) -> str:
+    return f", norm of all to {limit:g}" if limit else ""

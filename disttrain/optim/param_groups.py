@@ -32,15 +32,13 @@ def assign_groups(
     for group in groups:
         matched: set[str] = set()
         for rule in group.match:
-            pattern = _pattern(rule, roles)
-            if pattern is None:
-                problems.append(
-                    f"group {group.name}: there is no {rule}; the model has {', '.join(_ROLE + r for r in roles)}"
-                )
+            try:
+                found = set(matching(rule, trainable, roles))
+            except UserError as error:
+                problems.append(f"group {group.name}: {error}")
                 continue
-            found = {name for name in trainable if re.search(pattern, name)}
             if not found and not empty_groups:
-                problems.append(f"group {group.name}: {rule!r} matches none of the parameters: {_listed(trainable)}")
+                problems.append(f"group {group.name}: {rule!r} matches none of the parameters: {listed(trainable)}")
             matched |= found
         for name in (name for name in trainable if name in matched and name not in taken):
             owned[group.name][name], taken[name] = trainable[name], group.name
@@ -52,18 +50,22 @@ def assign_groups(
             )
     if unowned := [name for name in trainable if name not in taken]:
         problems.append(
-            f"no group matches {_listed(unowned)}; add a rule, or a last group with match = ['.*'] for the rest"
+            f"no group matches {listed(unowned)}; add a rule, or a last group with match = ['.*'] for the rest"
         )
     if problems:
         raise UserError(f"optim.groups: {problem}" for problem in problems)
     return [(group, owned[group.name]) for group in groups if owned[group.name]]
 
 
-def _pattern(rule: str, roles: Mapping[str, str]) -> str | None:
-    return roles.get(rule.removeprefix(_ROLE)) if rule.startswith(_ROLE) else rule
+def matching(rule: str, names: Iterable[str], roles: Mapping[str, str]) -> list[str]:
+    """Those of `names` that a rule matches: a regular expression, or `role:NAME`. UserError for an unknown role."""
+    pattern = roles.get(rule.removeprefix(_ROLE)) if rule.startswith(_ROLE) else rule
+    if pattern is None:
+        raise UserError(f"there is no {rule}; the model has {', '.join(_ROLE + role for role in roles)}")
+    return [name for name in names if re.search(pattern, name)]
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     names = list(names)
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -15,7 +15,7 @@ from disttrain.config.parallel import ParallelConfig
 from disttrain.distributed.mesh import build_mesh
 from disttrain.engines import NativeEngine
 from disttrain.models import GPT_PLAN, ShardingPlan, init_parameters
-from disttrain.optim import OptimizerSet, build_optimizer, set_learning_rate
+from disttrain.optim import OptimizerSet, build_optimizer, build_safeguards, set_learning_rate
 from disttrain.optim.param_groups import assign_groups
 from disttrain.parallel.fsdp import apply_fsdp
 from disttrain.testing.parity import (
@@ -190,33 +190,45 @@ def synthetic_error(
     return _error(dict(toys.named_parameters()), optimizer, reference)
 
 
-def training_error(rank: int, world: int, device: torch.device, settings: dict[str, Any], optim: OptimConfig) -> float:
+def training_error(
+    rank: int,
+    world: int,
+    device: torch.device,
+    settings: dict[str, Any],
+    optim: OptimConfig,
+    *,
+    model: str = "modern",
+    accumulation: int = 1,
+    spoil: Callable[[NativeEngine], None] = lambda engine: None,
+) -> float:
     """The largest relative error of a GPT's weights after training; judged by rank 0, the others return zero."""
     parallel = ParallelConfig(**settings)
-    gpt, model = parity_model(MODELS["modern"], world, device, parallel)
+    gpt, called = parity_model(MODELS[model], world, device, parallel)
     optimizer = build_optimizer(gpt, optim, GPT_PLAN)
-    engine = NativeEngine(gpt, model, optimizer, parallel=parallel, device=device)
+    safeguards = build_safeguards(gpt, optimizer, optim, GPT_PLAN, device=device, steps=STEPS)
+    engine = NativeEngine(gpt, called, optimizer, parallel=parallel, device=device, safeguards=safeguards)
+    spoil(engine)
     for step in range(STEPS):
-        train_step(engine, rank_batches(step, rank, world, 1), lr_factor=1.0, device=device)
+        train_step(engine, rank_batches(step, rank, world, accumulation), lr_factor=1.0, device=device)
     end = gather_whole(dict(gpt.named_parameters()))
     if rank:
         return 0.0
-    expected = _trained_alone(optim.model_dump_json())
+    expected = trained_alone(optim.model_dump_json(), model)
     return max(tensor_error(name, end[name], weight) for name, weight in expected.items())
 
 
 @cache
-def _trained_alone(optim: str) -> dict[str, Tensor]:
-    """The weights after the same steps in one process, whatever the layout they are compared with."""
-    gpt = build_gpt(MODELS["modern"], LENGTH, torch.device("cpu"), torch.float64)
+def trained_alone(optim: str, model: str) -> dict[str, Tensor]:
+    """The weights after the same steps in one process, whatever the layout they are compared with; `optim` is JSON."""
+    gpt = build_gpt(MODELS[model], LENGTH, torch.device("cpu"), torch.float64)
     init_parameters(gpt, seed=0)
     start = {name: parameter.detach() for name, parameter in gpt.named_parameters()}
-    sections = OptimConfig.model_validate_json(optim, strict=False).resolved_groups
+    section = OptimConfig.model_validate_json(optim, strict=False)
     # Only the rules: building optimizers may need the other ranks.
-    assigned = assign_groups(gpt.named_parameters(), sections, GPT_PLAN.roles)
+    assigned = assign_groups(gpt.named_parameters(), section.resolved_groups, GPT_PLAN.roles, not section.groups)
     groups = [(group, list(members)) for group, members in assigned]
     batches = [global_batch(step) for step in range(STEPS)]
-    return reference_training(MODELS["modern"], groups, start, batches)[1]
+    return reference_training(MODELS[model], groups, start, batches, section)[1]
 
 
 def _error(parameters: dict[str, nn.Parameter], optimizer: OptimizerSet, reference: ReferenceOptimizer) -> float:

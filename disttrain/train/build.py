@@ -16,7 +16,7 @@ from disttrain.distributed.env import Ranks
 from disttrain.distributed.mesh import build_mesh
 from disttrain.engines import Engine, NativeEngine
 from disttrain.models import GPT, GPT_PLAN, init_parameters
-from disttrain.optim import OptimizerSet, build_optimizer
+from disttrain.optim import OptimizerSet, Safeguards, build_optimizer, build_safeguards
 from disttrain.parallel import parallelize
 
 
@@ -28,6 +28,7 @@ class Training:
     model: nn.Module
     engine: Engine
     optimizer: OptimizerSet
+    safeguards: Safeguards
     order: SampleOrder
     loader: BatchLoader
     batch_samples: int
@@ -46,6 +47,7 @@ def build_training(config: RunConfig, data: Data, ranks: Ranks, device: torch.de
         device=device,
     )
     optimizer = build_optimizer(gpt, config.optim, GPT_PLAN, seed=config.train.seed)
+    safeguards = build_safeguards(gpt, optimizer, config.optim, GPT_PLAN, device=device, steps=config.train.total_steps)
     engine = NativeEngine(
         gpt,
         model,
@@ -53,10 +55,11 @@ def build_training(config: RunConfig, data: Data, ranks: Ranks, device: torch.de
         parallel=config.parallel,
         # The scale lies where the gradients are.
         device=torch.device("cpu") if config.parallel.cpu_offload else device,
+        safeguards=safeguards,
     )
     order = SampleOrder(data.train, config.train.sequence_length, config.train.seed)
     loader = BatchLoader(order, plan.samples, plan.microbatch, ranks.rank, ranks.world)
-    return Training(gpt, model, engine, optimizer, order, loader, plan.samples)
+    return Training(gpt, model, engine, optimizer, safeguards, order, loader, plan.samples)
 
 
 def build_model(

@@ -27,6 +27,7 @@ from disttrain.train.group_metrics import GroupMetrics
 from disttrain.train.guard import NumericalGuard
 from disttrain.train.output import RunOutput
 from disttrain.train.preflight import PreparedRun
+from disttrain.train.safeguard_metrics import SafeguardMetrics
 from disttrain.train.saving import RunCheckpoints, room_note
 from disttrain.train.step import StepResult, train_step
 
@@ -62,6 +63,7 @@ class TrainingLoop:
         self.config, self.data, self.ranks, self.device = run.config, run.data, ranks, device
         self.parts = build_training(run.config, run.data, ranks, device)
         self.groups = GroupMetrics(self.parts.optimizer)
+        self.safeguards = SafeguardMetrics(self.parts.optimizer, self.parts.safeguards)
         self.guard = NumericalGuard(self.parts.optimizer.parameter_names, run.config.parallel.param_dtype == "fp16")
         self.metrics = MetricBuffer({"loss_sum": "sum", "data_seconds": "max", "skipped_steps": "sum"}, device)
         section = run.config.checkpoint
@@ -117,6 +119,7 @@ class TrainingLoop:
         self.first_update.after(result.update)
         self.metrics.add("skipped_steps", result.update.skipped)
         self.groups.add(result.update.norms)
+        self.safeguards.add(result.update)
         if step % self.config.monitor.log_every == 0 or step in (self.first_step + 1, self.config.train.total_steps):
             self.metrics.add("loss_sum", result.loss_sum)
             self._log(result)
@@ -157,6 +160,9 @@ class TrainingLoop:
             "seconds_left": step_seconds * (self.config.train.total_steps - self.position.step),
             **self.groups.record(result.update.norms),
         }
+        for warning in self.safeguards.warnings():
+            self.output.warn(f"step {self.position.step}: {warning}")
+        record |= self.safeguards.record(result.update)
         if self.config.parallel.param_dtype == "fp16":
             record["loss_scale"] = result.update.loss_scale.item()
             record["skipped_steps"] = reduced["skipped_steps"] / self.ranks.world

@@ -8,7 +8,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 from disttrain.config import ModelConfig, OptimConfig, ParallelDims
-from disttrain.config.groups import AdamW, Clip, ClipNorm, NoClip
+from disttrain.config.clipping import Clip, ClipNorm, NoClip
+from disttrain.config.groups import AdamW
 from disttrain.config.parallel import ParallelConfig
 from disttrain.distributed.mesh import build_mesh
 from disttrain.models import GPT_PLAN

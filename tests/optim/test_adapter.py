@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from disttrain.checkpoint.state import training_state
-from disttrain.config.groups import Custom, NoClip
+from disttrain.config.clipping import NoClip
+from disttrain.config.groups import Custom
 from disttrain.errors import UserError
 from disttrain.optim.adapter import AdaptedOptimizer, self_test
 from disttrain.testing import RankPool

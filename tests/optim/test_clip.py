@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from disttrain.config.groups import Clip, ClipNorm, ClipValue, NoClip
+from disttrain.config.clipping import Clip, ClipNorm, ClipValue, NoClip
 from disttrain.optim.clip import clip_scale
 from disttrain.testing import RankPool
 from tests.optim.jobs import whole_gradients

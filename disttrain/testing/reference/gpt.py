@@ -13,15 +13,20 @@ from disttrain.config import ModelConfig
 Weights = Mapping[str, Tensor]
 
 
-def reference_logits(config: ModelConfig, weights: Weights, tokens: Tensor) -> Tensor:
-    """Logits [batch, length, vocab] of `tokens` [batch, length] under `weights` named as the GPT's parameters."""
+def reference_logits(
+    config: ModelConfig, weights: Weights, tokens: Tensor, scores: list[Tensor] | None = None
+) -> Tensor:
+    """Logits [batch, length, vocab] of `tokens` [batch, length] under `weights` named as the GPT's parameters.
+
+    `scores` gets each layer's masked attention scores [heads, batch, length, length].
+    """
     length = tokens.shape[1]
     x = weights["wte.weight"][tokens]
     if config.position == "learned":
         x = x + weights["wpe.weight"][:length]
     for layer in range(config.n_layers):
         block = {n.removeprefix(f"blocks.{layer}."): w for n, w in weights.items() if n.startswith(f"blocks.{layer}.")}
-        x = x + _attention(config, block, _norm(config, block, "attention_norm", x))
+        x = x + _attention(config, block, _norm(config, block, "attention_norm", x), [] if scores is None else scores)
         x = x + _mlp(config, block, _norm(config, block, "mlp_norm", x))
     head = weights["wte.weight"] if config.tie_embeddings else weights["head.weight"]
     return _norm(config, weights, "final_norm", x) @ head.T
@@ -48,11 +53,11 @@ def _mlp(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
     return _linear(weights, "mlp.down", gelu)
 
 
-def _attention(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
+def _attention(config: ModelConfig, weights: Weights, x: Tensor, seen: list[Tensor]) -> Tensor:
     width, length = config.head_dim, x.shape[1]
     q, k, v = (_linear(weights, f"attention.w{name}", x) for name in "qkv")
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    heads = []
+    heads, of_heads = [], []
     for head in range(config.n_heads):
         shared = head // (config.n_heads // config.kv_heads)
         q_head = q[..., head * width : (head + 1) * width]
@@ -63,8 +68,10 @@ def _attention(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
         if config.position == "rope":
             q_head, k_head = _rope(config, q_head), _rope(config, k_head)
         scores = (q_head @ k_head.transpose(1, 2) / math.sqrt(width)).masked_fill(future, -math.inf)
+        of_heads.append(scores.detach())
         weight = torch.exp(scores - scores.max(-1, keepdim=True).values)
         heads.append(weight / weight.sum(-1, keepdim=True) @ v_head)
+    seen.append(torch.stack(of_heads))
     return _linear(weights, "attention.wo", torch.cat(heads, -1))
 
 

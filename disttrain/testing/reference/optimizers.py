@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disttrain.config.groups import ClipNorm, ClipValue, Custom, Group
+from disttrain.config.groups import Custom, Group
 from disttrain.config.matrix_groups import MatrixGroup
 from disttrain.testing.reference.matrices import matrix_step
 
@@ -40,27 +40,6 @@ class ReferenceOptimizer:
     def evaluation_weights(self) -> dict[str, Tensor]:
         """The average x of a schedule-free algorithm, else the weights."""
         return {name: self.memory[name].get("x", weight) for name, weight in self.weights.items()}
-
-
-def reference_clip(groups: Sequence[tuple[Group, Sequence[str]]], gradients: Gradients) -> dict[str, Tensor]:
-    """Each group's gradients after its own rule."""
-    clipped = dict(gradients)
-    everything = torch.cat([gradient.flatten() for gradient in gradients.values()])
-    for group, names in groups:
-        own = torch.cat([gradients[name].flatten() for name in names])
-        if isinstance(group.clip, ClipNorm):
-            norm = _norm(everything if group.clip.over == "all" else own, group.clip.order)
-            scale = min(1.0, group.clip.limit / (norm + 1e-6))
-            clipped |= {name: gradients[name] * scale for name in names}
-        elif isinstance(group.clip, ClipValue):
-            limit = group.clip.limit
-            clipped |= {name: gradients[name].clamp(-limit, limit) for name in names}
-    return clipped
-
-
-def _norm(values: Tensor, order: float) -> float:
-    absolute = values.abs()
-    return absolute.max().item() if math.isinf(order) else ((absolute**order).sum() ** (1 / order)).item()
 
 
 def _sgd(group: Any, memory: Memory, weight: Tensor, gradient: Tensor, lr: float, t: int) -> Tensor:

@@ -1,0 +1,44 @@
+"""What stands around an optimizer's step: clipping before it, a limit on updates and QK-Clip after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from disttrain.config import OptimConfig
+from disttrain.models import ShardingPlan
+from disttrain.optim.clip import GradientClipper
+from disttrain.optim.optimizer_set import OptimizerSet
+from disttrain.optim.qk_clip import QKClip
+from disttrain.optim.update_limit import UpdateLimit
+
+
+@dataclass(frozen=True)
+class Safeguards:
+    clipper: GradientClipper
+    update_limit: UpdateLimit | None = None
+    qk_clip: QKClip | None = None
+
+
+def build_safeguards(
+    model: nn.Module,
+    optimizer: OptimizerSet,
+    config: OptimConfig,
+    plan: ShardingPlan,
+    *,
+    device: torch.device,
+    steps: int | None = None,
+) -> Safeguards:
+    """As `config` says, for the parameters of `optimizer`, a run of `steps`, and attention that computes on `device`.
+
+    Raises UserError for rules that do not fit the model, on every rank alike.
+    """
+    parameters = optimizer.named_parameters
+    qk_clip, ratio = config.resolved_qk_clip, config.max_update_ratio
+    return Safeguards(
+        GradientClipper(optimizer.param_groups, list(parameters), plan, steps),
+        UpdateLimit(list(parameters.values()), ratio) if ratio else None,
+        None if qk_clip.mode == "off" else QKClip(model, qk_clip, device, optimizer.points),
+    )
