@@ -69,7 +69,7 @@ def _print_tables(layouts: list[ParityRow], optimizers: list[ParityRow]) -> None
 
 def _tables(pool: RankPool, nproc: int, optimizer: str | None) -> Iterator[tuple[str, Iterator[ParityRow]]]:
     """Every table up to `nproc` processes, or those that know `optimizer`. Raises UserError for one that none knows."""
-    from disttrain.testing import matrix_parity, optimizer_parity, parity
+    from disttrain.testing import clip_parity, matrix_parity, optimizer_parity, parity
 
     def up_to(worlds: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(world for world in worlds if world <= nproc)
@@ -90,6 +90,8 @@ def _tables(pool: RankPool, nproc: int, optimizer: str | None) -> Iterator[tuple
         yield "optimizers", optimizer_parity.optimizer_table(pool, up_to(optimizer_parity.WORLDS), optimizer)
     if whole or optimizer is None:
         yield "optimizers", matrix_parity.matrix_table(pool, up_to(matrix_parity.WORLDS), optimizer)
+    if optimizer is None:
+        yield "optimizers", clip_parity.clip_table(pool, up_to(clip_parity.WORLDS))
 
 
 def _table(rows: list[ParityRow]) -> Table:

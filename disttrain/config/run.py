@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +56,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_qk_clip(self) -> RunConfig:
-        if self.model.qk_norm and self.optim.resolved_qk_clip.mode == "clip":
+        qk_clip, length = self.optim.resolved_qk_clip, self.train.sequence_length
+        if qk_clip.mode != "clip":
+            return self
+        if qk_clip.logits in ("auto", "bound") and qk_clip.threshold <= math.log(length):
+            raise ValueError(
+                f"optim.qk_clip.threshold = {qk_clip.threshold}: a head that looks at all {length} keys alike has the "
+                f"bound log(train.sequence_length) = {math.log(length):.2f} and would shrink for ever; raise the "
+                "threshold, or set optim.qk_clip.logits = 'exact'"
+            )
+        if self.model.qk_norm:
             raise ValueError(
                 "optim.qk_clip: model.qk_norm = true normalises queries and keys after their weights, which undoes "
                 "any scaling of these and bounds the logits already; leave one of the two out, or set "

@@ -27,8 +27,10 @@ POLICIES: dict[str, dict[str, Any]] = {
         "clip": {**_ADAPTIVE, "units": _UNITS, "edge_importance": 1.25, "winsor": 0.5, "limit": 0.2, "max_norm": 0.25}
     },
     "agc": {"clip": {"kind": "agc", "limit": 0.02}},
-    "zclip": {"clip": {"kind": "zclip", "warmup_steps": 2, "z": 0.2, "decay": 0.7, "max_norm": 0.4}},
-    "zclip of groups": {"clip": {"kind": "zclip", "warmup_steps": 2, "z": 0.1, "over": "group", "max_norm": 0.3}},
+    "zclip": {"clip": {"kind": "zclip", "warmup_steps": 2, "z": 0.2, "decay": 0.1, "max_norm": 0.6}},
+    "zclip of groups": {
+        "clip": {"kind": "zclip", "warmup_steps": 2, "z": 0.1, "decay": 0.1, "over": "group", "max_norm": 0.0}
+    },
     "update limit": {"max_update_ratio": 0.02},
     "qk-clip": {"qk_clip": {"mode": "clip", "threshold": 1.9}},
     "qk-clip, exact": {"qk_clip": _EXACT},
