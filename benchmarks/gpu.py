@@ -65,6 +65,18 @@ def commands(gpus: int, scratch: str) -> dict[str, list[str]]:
             f"run.dir={scratch}/muon",
             "parallel.param_dtype=bf16",
         ],
+        "training under muonclip in bf16, compiled": [
+            *disttrain,
+            "train",
+            "configs/muonclip.toml",
+            "device=cuda",
+            *run,
+            f"run.dir={scratch}/muonclip",
+            "parallel.param_dtype=bf16",
+            "parallel.compile=true",
+            "optim.clip.kind=adaptive",
+            "optim.clip.warmup_steps=20",
+        ],
         "training": [*disttrain, "train", "configs/quickstart.toml", "device=cuda", *run],
     }
 

@@ -16,13 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plot import line_chart
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = ROOT / "runs" / "quickstart_curves"
 OPTIMIZERS = ("adamw", "muon")
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SEEDS = (0, 1, 2)
-COLOURS = {"adamw": "#c2571a", "muon": "#1f5fa8"}
 
 
 def trained(optimizer: str, rate: float, seed: int) -> list[dict[str, Any]]:
@@ -91,36 +92,9 @@ def markdown(results: dict[str, Any]) -> str:
 
 def svg(results: dict[str, Any]) -> str:
     """Both curves, tokens to the right and bits per byte upwards."""
-    curves = {name: row["curve"] for name, row in results["optimizers"].items()}
-    points = [point for line in curves.values() for point in line]
-    right, low, high = max(x for x, _ in points), min(y for _, y in points) - 0.05, max(y for _, y in points) + 0.05
-
-    def place(tokens: float, value: float) -> str:
-        return f"{60 + 520 * tokens / right:.1f},{20 + 260 * (high - value) / (high - low):.1f}"
-
-    text = 'font-family="sans-serif" font-size="12" fill="#333"'
-    shapes = []
-    for step in range(5):
-        value = low + (high - low) * step / 4
-        y = place(0, value).split(",")[1]
-        shapes.append(f'<line x1="60" x2="580" y1="{y}" y2="{y}" stroke="#ddd"/>')
-        shapes.append(f'<text x="52" y="{y}" text-anchor="end" dominant-baseline="middle" {text}>{value:.2f}</text>')
-        x = place(right * step / 4, low).split(",")[0]
-        shapes.append(f'<text x="{x}" y="298" text-anchor="middle" {text}>{right * step / 4 / 1e6:.2f}M</text>')
-    for number, (name, line) in enumerate(curves.items()):
-        path = " ".join(place(*point) for point in line)
-        label = f"{name}, rate {results['optimizers'][name]['best_rate']:g}"
-        shapes.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"/>')
-        shapes += [
-            f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="{COLOURS[name]}"/>'
-            for p in path.split()
-        ]
-        shapes.append(f'<text x="430" y="{40 + 18 * number}" {text} style="fill:{COLOURS[name]}">{label}</text>')
-    shapes.append(f'<text x="320" y="316" text-anchor="middle" {text}>training tokens</text>')
-    shapes.append(f'<text x="60" y="14" {text}>validation bits per byte, mean of {len(SEEDS)} seeds</text>')
-    paper = '<rect width="600" height="324" fill="#fff"/>'
-    inside = "\n".join([paper, *shapes])
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 324">\n{inside}\n</svg>\n'
+    lines = {f"{name}, rate {row['best_rate']:g}": row["curve"] for name, row in results["optimizers"].items()}
+    title = f"validation bits per byte, mean of {len(SEEDS)} seeds"
+    return line_chart(title, "training tokens", lines, tick=lambda tokens: f"{tokens / 1e6:.2f}M", dots=True)
 
 
 def main() -> int:
