@@ -98,7 +98,7 @@ def train_one(rank: int, world: int, optimizer: str, policy: str) -> dict[str, A
     config = load_config(ROOT / "configs" / "fsdp.toml", settings, world=world).config
     data = open_config_data(config)
     config = config.with_vocab_size(config.model.vocab_size or data.tokenizer.vocab_size)  # type: ignore[union-attr]
-    parts = build_training(config, data, Ranks(rank, rank, world), CPU)
+    parts = build_training(config, data, Ranks(rank, world, rank, world), CPU)
     engine: Engine = Spiked(parts, () if policy.startswith("no spikes") else SPIKES)
     rules = [rule for _, rule in parts.safeguards.clipper.adaptive]
     losses, validation, units = [], [], []

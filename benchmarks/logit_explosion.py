@@ -53,9 +53,11 @@ def markdown(results: dict[str, Any]) -> str:
         step, lowest = min(row["loss"], key=lambda point: point[1])
         largest = max(value for _, value in row["largest_logit"])
         heads = sum(value for _, value in row["clipped_heads"]) / len(row["clipped_heads"])
-        lines.append(
-            f"| {name} | {lowest:.2f} ({step}) | {row['validation_loss']:.2f} | {largest:,.0f} | {heads:.1f} |"
-        )
+        end = f"{row['validation_loss'][-1]:.2f}" if row["validation_loss"] else "none: it broke off"
+        lines.append(f"| {name} | {lowest:.2f} ({step}) | {end} | {largest:.3g} | {heads:.1f} |")
+    for name, row in results["runs"].items():
+        if row["broke_off"]:
+            lines += ["", f"{name}: {row['broke_off'].split(';')[0]}."]
     return "\n".join([*lines, "", "![loss](logit_explosion_loss.svg)", "", "![logits](logit_explosion_logits.svg)", ""])
 
 
