@@ -90,16 +90,24 @@ class CheckpointReader:
         planner = DefaultLoadPlanner(flatten_state_dict=False)
         with dcp_errors(), quiet_dcp():
             dcp.load(targets, storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
-        new = [f"{name} is not in {info.place}: it starts anew" for name in state if name not in stored]
-        old = [
-            f"{name} of {info.place} is no longer kept" for name in stored if is_optional(name) and name not in state
+        new = [name for name in state if name not in stored]
+        old = [name for name in stored if is_optional(name) and name not in state]
+        return [f"{names} not in {info.place}: starts anew" for names in _by_owner(new)] + [
+            f"{names} of {info.place}: no longer kept" for names in _by_owner(old)
         ]
-        return new + old
 
     def load_weights(self, model: nn.Module, info: CheckpointInfo) -> None:
         """`load` for the weights of `model` (plain, DDP or FSDP2) alone, without any other state."""
         weights = {name: entry for name, entry in info.manifest.tensors.items() if name.startswith("model.")}
         self.load(model_state(model), replace(info, manifest=replace(info.manifest, tensors=weights)))
+
+
+def _by_owner(names: list[str]) -> list[str]:
+    """`service.OWNER.KEY`, or how many of an owner's."""
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        owners.setdefault(".".join(name.split(".")[:2]), []).append(name)
+    return [own[0] if len(own) == 1 else f"{owner} ({len(own)} of it)" for owner, own in owners.items()]
 
 
 def open_checkpoint(path: Path) -> tuple[CheckpointReader, CheckpointInfo]:

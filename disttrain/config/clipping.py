@@ -17,8 +17,15 @@ from disttrain.config.base import (
     OpenFraction,
     PositiveFloat,
     PositiveInt,
+    Regex,
     Section,
 )
+
+MOST_IMPORTANT = 2.0
+REST = "rest"
+"""The unit of parameters that no rule matches."""
+
+Importance = Annotated[float, Field(ge=1, le=MOST_IMPORTANT)]
 
 
 class NoClip(Section):
@@ -54,8 +61,8 @@ class AGC(Section):
     limit: PositiveFloat = 0.01
     eps: PositiveFloat = 1e-3
     """The least norm that a row of weights counts as, so that rows of zeros can leave zero."""
-    skip: Annotated[tuple[str, ...], Field(strict=False)] = ("role:head",)
-    """Parameters that stay as they are, by the rules of `match`."""
+    skip: Annotated[tuple[Regex, ...], Field(strict=False)] = ("role:head",)
+    """Parameters that stay as they are, by rules as in `match`. A head tied to the embeddings has their role."""
 
 
 class ZClip(Section):
@@ -67,8 +74,8 @@ class ZClip(Section):
     decay: OpenFraction = 0.97
     warmup_steps: Annotated[int, Field(ge=2)] = 25
     """Steps whose norms give the first mean and deviation; only `max_norm` holds meanwhile."""
-    max_norm: NonNegativeFloat = 1.0
-    """Besides, norms are brought down to this; 0 for no such limit."""
+    max_norm: NonNegativeFloat | None = None
+    """Besides, norms are brought down to this; 0 for no such limit. Default: `optim.clip_norm`."""
     over: Literal["group", "all"] = "all"
 
 
@@ -77,7 +84,7 @@ class UnitRule(Section):
 
     name: Name
     match: Match
-    importance: Annotated[float, Field(ge=1, le=2)] = 1.0
+    importance: Importance = 1.0
     """Divides the distance between a unit's usual norm and its threshold: more important ones are held tighter."""
 
 
@@ -99,7 +106,7 @@ class AdaptiveClip(Section):
     units: Annotated[tuple[UnitRule, ...], Field(strict=False)] = ()
     """Default: attention_qk 1.5, attention_vo, mlp, embeddings 1.25, head 1.25, norms_biases. What no rule matches is
     `rest`. No parameter may match two."""
-    edge_importance: Annotated[float, Field(ge=1, le=2)] = 1.0
+    edge_importance: Importance = 1.0
     """Multiplies the importance in the first and the last layer; 2 is the most that both give together."""
     early: PositiveFloat = 4.0
     late: PositiveFloat = 2.5
@@ -116,7 +123,7 @@ class AdaptiveClip(Section):
     winsor: PositiveFloat = 4.0
     """A norm enters the statistics as at most this many deviations above the mean."""
     limit: PositiveFloat | None = None
-    """The largest threshold, whatever the statistics say."""
+    """The largest threshold, whatever the statistics say, from the start."""
     max_norm: NonNegativeFloat | None = None
     """On top: the norm of all gradients clipped this way together, as they are by then. 0 for no such limit. Default:
     `optim.clip_norm`."""
@@ -139,6 +146,8 @@ class AdaptiveClip(Section):
         names = [rule.name for rule in self.units]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"units: the name {', '.join(twice)} is given twice; metrics go by these names")
+        if REST in names:
+            raise ValueError(f"units: {REST!r} is the name of what no rule matches; choose another")
         return self
 
 
@@ -153,7 +162,8 @@ class QKClipConfig(Section):
     """`log` measures and tells, and changes nothing. Default: clip under preset muonclip, else off."""
     threshold: PositiveFloat = 100.0
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """How the factor is divided: its power `alpha` goes to the query, the rest to the key."""
+    """How the factor is divided: its power `alpha` goes to the query, the rest to the key; all of it to the query under
+    `q_only`."""
     grouped: Literal["q_only", "shared_k"] = "q_only"
     """Where several query heads share a key head: scale the queries alone, or the key too, by what all of them need."""
     logits: Literal["auto", "bound", "exact", "flex"] = "auto"

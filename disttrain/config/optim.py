@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from disttrain.config.algorithms import ALGORITHMS, GroupConfig
 from disttrain.config.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from disttrain.config.clipping import AdaptiveClip, Clip, ClipNorm, NoClip, QKClipConfig
+from disttrain.config.clipping import AdaptiveClip, Clip, ClipNorm, NoClip, QKClipConfig, ZClip
 from disttrain.config.groups import Beta, Group, ScheduleFreeAdamW, StateDtype
 from disttrain.config.matrix_groups import ExchangeConfig, MatrixGroup
 from disttrain.schedule import Shape
@@ -57,8 +57,8 @@ class OptimConfig(Section):
     eps: PositiveFloat | None = None
     state_dtype: StateDtype | None = None
     clip_norm: NonNegativeFloat = 1.0
-    """Largest norm of all gradients together; longer gradients are scaled down to it. 0 switches clipping off. Groups
-    with a `clip` of their own are clipped by that instead."""
+    """Largest norm of all gradients together; longer gradients are scaled down to it, 0 for no such limit. Where a
+    `clip` says something else, this is only the default of its `max_norm`."""
     clip: Clip | None = None
     """How groups are clipped that do not say. Default: by the norm of all gradients together, at `clip_norm`."""
     max_update_ratio: PositiveFloat | None = None
@@ -89,7 +89,7 @@ class OptimConfig(Section):
             clip = AdaptiveClip()
         if clip is None:
             return ClipNorm(limit=self.clip_norm, over="all") if self.clip_norm else NoClip()
-        if isinstance(clip, AdaptiveClip) and clip.max_norm is None:
+        if isinstance(clip, AdaptiveClip | ZClip) and clip.max_norm is None:
             return clip.model_copy(update={"max_norm": self.clip_norm})
         return clip
 

@@ -59,7 +59,8 @@ class RunConfig(Section):
         qk_clip, length = self.optim.resolved_qk_clip, self.train.sequence_length
         if qk_clip.mode != "clip":
             return self
-        if qk_clip.logits in ("auto", "bound") and qk_clip.threshold <= math.log(length):
+        by_bound = qk_clip.logits == "bound" or (qk_clip.logits == "auto" and self.device != "cuda")
+        if by_bound and qk_clip.threshold <= math.log(length):
             raise ValueError(
                 f"optim.qk_clip.threshold = {qk_clip.threshold}: a head that looks at all {length} keys alike has the "
                 f"bound log(train.sequence_length) = {math.log(length):.2f} and would shrink for ever; raise the "

@@ -18,7 +18,7 @@ from disttrain.optim.clip_statistics import AdaptiveRule, ZClipRule
 from disttrain.optim.clip_units import assign_units, layer_of
 from disttrain.optim.held_gradients import HeldGradients, norm_of_entry
 from disttrain.optim.param_groups import matching
-from disttrain.optim.sharding import local
+from disttrain.optim.sharding import local, world_size
 
 Groups = Sequence[Mapping[str, Any]]
 _NO_PLAN = ShardingPlan((), {}, ())
@@ -28,7 +28,7 @@ _STATE = "service.clip"
 
 @dataclass(frozen=True)
 class UnitClips:
-    """Of every unit of adaptive clipping, in the order of `GradientClipper.unit_names`; fp64."""
+    """Of everything that is clipped by its history, in the order of `GradientClipper.unit_names`; fp64."""
 
     norms: Tensor
     """[units] before clipping."""
@@ -74,6 +74,7 @@ class GradientClipper:
         layers = {layer_of(name, plan) for name in names} - {-1}
         self._edges = {min(layers), max(layers)} if layers else set()
         self._unused: dict[AdaptiveClip, set[str]] = {}
+        self._held = [HeldGradients(group["params"], world_size()) for group in groups]
         self.rules = [self._rule(*pair) for pair in zip(groups, self._names, strict=True)]
         if problems := [
             f"optim: clip.units {name} matches none of the parameters that are clipped this way; correct it or take it "
@@ -84,14 +85,17 @@ class GradientClipper:
             raise UserError(problems)
 
     @property
-    def adaptive(self) -> list[tuple[str, AdaptiveRule]]:
-        """Groups with adaptive clipping, by name."""
-        pairs = zip(self.groups, self.rules, strict=True)
-        return [(group["name"], rule) for group, rule in pairs if isinstance(rule, AdaptiveRule)]
-
-    @property
     def unit_names(self) -> list[str]:
-        return [f"{group}.{name}" for group, rule in self.adaptive for name in rule.names]
+        return [name for name, _ in self._histories()]
+
+    def notes(self) -> list[str]:
+        """What a user should know at the start of a run."""
+        return [
+            f"group {group['name']}: adaptive clipping only looks for its first {rule.clip.warmup_steps} steps, and "
+            f"the run has {self.steps}; lower clip.warmup_steps"
+            for group, rule in zip(self.groups, self.rules, strict=True)
+            if isinstance(rule, AdaptiveRule) and self.steps is not None and rule.clip.warmup_steps >= self.steps
+        ]
 
     @torch.no_grad()
     def dist_clip(self, unscale: Tensor) -> GradientNorms:
@@ -100,14 +104,13 @@ class GradientClipper:
         One all-reduce over the world, whatever the groups ask for: each rank adds what it holds, divided by the number
         of ranks that hold the same, and empty shards add zero. Ranks must hold the same groups and reduced gradients.
         """
-        seen, held, unscale = self._dist_see(unscale)
+        seen, unscale = self._dist_see(unscale)
         decisions = [rule.decide(one) for rule, one in zip(self.rules, seen, strict=True)]
         parts = [rule.part_squares(one.squares) for rule, one in zip(self.rules, seen, strict=True)]
         on_top = self._on_top(decisions, parts)
-        for rule, decision, gradients, extra in zip(self.rules, decisions, held, on_top, strict=True):
-            for members, factor in zip(rule.parts, decision.factors, strict=True):
-                gradients.multiply(members, factor * extra * unscale)
-            rule.finish(gradients)
+        for rule, decision, held, extra in zip(self.rules, decisions, self._held, on_top, strict=True):
+            held.multiply(rule.parts, decision.factors * extra * unscale)
+            rule.finish(held)
         squares = torch.stack([part.sum() for part in parts])
         clipped = [
             ((decision.factors * extra).square() * part).sum()
@@ -119,17 +122,20 @@ class GradientClipper:
             groups=squares.sqrt(),
             scales=torch.where(squares == 0, 1.0, (torch.stack(clipped) / squares).sqrt()),
             shares=torch.stack([decision.share for decision in decisions]),
-            units=self._units(decisions, parts),
+            units=self._units(decisions),
         )
 
     def state(self) -> dict[str, Tensor]:
         """What rules remember, by group and unit; a load writes into it."""
+        return {f"{_STATE}.{name}": row for name, row in self._histories()}
+
+    def _histories(self) -> list[tuple[str, Tensor]]:
         pairs = zip(self.groups, self.rules, strict=True)
-        return {
-            ".".join(filter(None, (_STATE, group["name"], name))): row
+        return [
+            (f"{group['name']}.{name}", row)
             for group, rule in pairs
             for name, row in zip(rule.names, rule.state, strict=True)
-        }
+        ]
 
     def _rule(self, group: Mapping[str, Any], names: list[str]) -> ClipRule:
         clip: Clip | None = group["config"].clip
@@ -140,17 +146,29 @@ class GradientClipper:
         if isinstance(clip, ClipNorm):
             return NormRule(clip, count)
         if isinstance(clip, AGC):
-            known = [rule for rule in clip.skip if rule.removeprefix("role:") in self.plan.roles or ":" not in rule]
-            skipped = {name for rule in known for name in matching(rule, names, self.plan.roles)}
-            return AGCRule(clip, count, {index for index, name in enumerate(names) if name in skipped})
+            return AGCRule(clip, count, self._skipped(group, clip, names))
         if isinstance(clip, ZClip):
             return ZClipRule(clip, count, device)
         if isinstance(clip, AdaptiveClip):
             return self._adaptive_rule(group["name"], clip, names, device)
         return ClipRule(count)
 
+    def _skipped(self, group: Mapping[str, Any], clip: AGC, names: list[str]) -> set[int]:
+        if clip.skip and not any(names):
+            raise UserError("clip: agc skips parameters by name; make a GradientClipper with names, or set skip = []")
+        # What holds without being said is made for any model: one that lacks the role has no such parameters.
+        said = "skip" in clip.model_fields_set
+        rules = [rule for rule in clip.skip if said or rule.removeprefix("role:") in self.plan.roles]
+        try:
+            skipped = {name for rule in rules for name in matching(rule, names, self.plan.roles)}
+        except UserError as error:
+            raise UserError(f"optim: group {group['name']}: clip.skip: {error}") from error
+        return {index for index, name in enumerate(names) if name in skipped}
+
     def _adaptive_rule(self, group: str, clip: AdaptiveClip, names: list[str], device: torch.device) -> AdaptiveRule:
-        until = clip.tighten_until or (self.steps or 0) // 2
+        if clip.tighten_until is None and self.steps is None:
+            raise UserError(f"optim: group {group}: without the run's steps, clip.tighten_until must be set")
+        until = clip.tighten_until or max(1, (self.steps or 0) // 2)
         if until <= clip.tighten_from:
             raise UserError(
                 f"optim: group {group}: clip.tighten_from = {clip.tighten_from} is not before the end of the schedule, "
@@ -160,18 +178,17 @@ class GradientClipper:
         self._unused.setdefault(clip, {rule.name for rule in clip.units}).difference_update(used)
         return AdaptiveRule(clip, units, until, device)
 
-    def _dist_see(self, unscale: Tensor) -> tuple[list[Seen], list[HeldGradients], Tensor]:
-        """What all ranks hold of each group, what this rank holds, and `unscale` where the gradients are."""
-        world, rank = dist.get_world_size(), dist.get_rank()
+    def _dist_see(self, unscale: Tensor) -> tuple[list[Seen], Tensor]:
+        """What all ranks hold of each group, and `unscale` where the gradients are."""
         # Offloaded gradients lie on the host, the scale with the model.
-        device = next((local(p).device for group in self.groups for p in group["params"]), torch.device("cpu"))
-        unscale = unscale.to(device, torch.float64)
-        held = [HeldGradients(group["params"], world, rank, device) for group in self.groups]
+        unscale = unscale.to(self._held[0].device, torch.float64)
+        for held in self._held:
+            held.look()
         shared = {rule.order for rule in self.rules if rule.order and rule.over == "all"}
         orders = [sorted((shared | ({rule.order} if rule.order else set())) - {2.0}) for rule in self.rules]
         entries = [
             [one.powers(2.0), *(one.entry(order) for order in wanted), *rule.entries(one, unscale)]
-            for one, wanted, rule in zip(held, orders, self.rules, strict=True)
+            for one, wanted, rule in zip(self._held, orders, self.rules, strict=True)
         ]
         sums = torch.cat([entry for group in entries for entry in group])
         dist.all_reduce(sums)
@@ -187,7 +204,7 @@ class GradientClipper:
             Seen(own, _Norms(norms, index), sums, finite)
             for index, (own, sums) in enumerate(zip(squares, rest, strict=True))
         ]
-        return seen, held, unscale
+        return seen, unscale
 
     def _on_top(self, decisions: list[Decision], parts: list[Tensor]) -> list[Tensor | float]:
         """For each group the factor by which the norm of all groups that have such a limit is brought down to it."""
@@ -198,15 +215,15 @@ class GradientClipper:
         together = torch.stack(squares).sum().sqrt()
         return [clip_scale(together, rule.max_norm) if rule.max_norm else 1.0 for rule in self.rules]
 
-    def _units(self, decisions: list[Decision], parts: list[Tensor]) -> UnitClips | None:
-        mine = [i for i, rule in enumerate(self.rules) if isinstance(rule, AdaptiveRule)]
-        if not mine:
+    def _units(self, decisions: list[Decision]) -> UnitClips | None:
+        pairs = [(rule, d) for rule, d in zip(self.rules, decisions, strict=True) if d.thresholds is not None]
+        if not pairs:
             return None
         return UnitClips(
-            norms=torch.cat([parts[i] for i in mine]).sqrt(),
-            thresholds=torch.cat([t for i in mine if (t := decisions[i].thresholds) is not None]),
-            scales=torch.cat([decisions[i].factors for i in mine]),
-            streaks=torch.cat([self.rules[i].state[:, 3] for i in mine]).clone(),
+            norms=torch.cat([d.norms for _, d in pairs if d.norms is not None]),
+            thresholds=torch.cat([d.thresholds for _, d in pairs if d.thresholds is not None]),
+            scales=torch.cat([d.factors for _, d in pairs]),
+            streaks=torch.cat([rule.state[:, 3] for rule, _ in pairs]),
         )
 
 

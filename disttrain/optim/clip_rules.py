@@ -32,8 +32,10 @@ class Decision:
     """[parts] of at most 1."""
     share: Tensor
     """How much of the group is clipped, from 0 to 1."""
+    norms: Tensor | None = None
+    """[units] of a rule that remembers: what it judged by, before clipping."""
     thresholds: Tensor | None = None
-    """[parts] norms from which parts are clipped, where they differ from part to part."""
+    """[units] norms from which it clips; infinite where it does not yet."""
 
 
 class ClipRule:
@@ -78,18 +80,20 @@ class ValueRule(ClipRule):
         self.clip = clip
 
     def entries(self, held: HeldGradients, unscale: Tensor) -> list[Tensor]:
-        pairs = zip(held.gradients, held.copies, strict=True)
         self.elements = held.elements
-        beyond = [(gradient.abs() * unscale > self.clip.limit).sum() / copies for gradient, copies in pairs]
+        beyond = [
+            (gradient.abs() * unscale > self.clip.limit).sum() / held.copies[position]
+            for position, gradient in held.gradients.items()
+        ]
         return [torch.stack(beyond).sum().double().reshape(1) if beyond else held.zeros(1)]
 
     def decide(self, seen: Seen) -> Decision:
         return Decision(seen.squares.new_ones(1), seen.sums[0].sum() / max(self.elements, 1))
 
     def finish(self, held: HeldGradients) -> None:
-        if held.gradients:
-            torch._foreach_clamp_min_(held.gradients, -self.clip.limit)
-            torch._foreach_clamp_max_(held.gradients, self.clip.limit)
+        if gradients := [*held.gradients.values()]:
+            torch._foreach_clamp_min_(gradients, -self.clip.limit)
+            torch._foreach_clamp_max_(gradients, self.clip.limit)
 
 
 class NormRule(ClipRule):
@@ -110,43 +114,43 @@ class AGCRule(ClipRule):
         self.clip, self.skipped = clip, skipped
 
     def entries(self, held: HeldGradients, unscale: Tensor) -> list[Tensor]:
-        weights, counts = held.zeros(held.count), held.zeros(2)
-        self._row_factors: dict[int, Tensor] = {}
-        self._vectors: list[int] = []
-        for index, position, copies in self._members(held):
-            gradient, weight = held.gradients[index], held.weights[index]
+        weights, clipped = held.zeros(held.count), held.zeros(1)
+        self._rows: dict[int, Tensor] = {}
+        self._row_count, self._vectors = 0, torch.zeros(held.count, dtype=torch.bool)
+        for position, gradient in self._chosen(held):
+            weight = held.weight(position)
             if gradient.ndim < 2:
-                self._vectors.append(position)
-                weights[position] = weight.double().square().sum() / copies
+                self._vectors[position] = True
+                weights[position] = weight.double().square().sum() / held.copies[position]
                 continue
             norms = (torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64) for t in (gradient, weight))
-            factors = self._factor(next(norms) * unscale, next(norms))
-            self._row_factors[index] = factors
-            counts += torch.stack([(factors < 1).sum(), factors.new_tensor(len(factors))]) / copies
-        return [counts, weights]
+            self._rows[position] = self._factor(next(norms) * unscale, next(norms))
+            self._row_count += held.parameters[position].shape[0]
+            clipped += (self._rows[position] < 1).sum() / held.copies[position]
+        return [clipped, weights]
 
     def decide(self, seen: Seen) -> Decision:
-        counts, weights = seen.sums
-        self._vector_factors = self._factor(seen.squares.sqrt(), weights.sqrt())
-        clipped = counts[0] + (self._vector_factors[self._vectors] < 1).sum()
-        share = clipped / (counts[1] + len(self._vectors)).clamp(min=1)
+        clipped, weights = seen.sums
+        self._factors = self._factor(seen.squares.sqrt(), weights.sqrt())
+        vectors = self._vectors.to(weights.device)
+        share = (clipped.sum() + (vectors & (self._factors < 1)).sum()) / max(
+            self._row_count + int(self._vectors.sum()), 1
+        )
         return Decision(seen.squares.new_ones(1), share)
 
     def finish(self, held: HeldGradients) -> None:
-        for index, position, _ in self._members(held):
-            gradient, factors = held.gradients[index], self._row_factors.get(index)
+        for position, gradient in self._chosen(held):
+            factors = self._rows.get(position)
             if factors is None:
-                gradient.mul_(self._vector_factors[position].to(gradient.dtype))
+                gradient.mul_(self._factors[position].to(gradient.dtype))
             else:
                 gradient.mul_(factors.to(gradient.dtype).reshape(-1, *[1] * (gradient.ndim - 1)))
 
     def _factor(self, gradient: Tensor, weight: Tensor) -> Tensor:
         return (self.clip.limit * weight.clamp(min=self.clip.eps) / gradient).clamp(max=1.0)
 
-    def _members(self, held: HeldGradients) -> Iterator[tuple[int, int, int]]:
-        for index, (position, copies) in enumerate(zip(held.present, held.copies, strict=True)):
-            if position not in self.skipped:
-                yield index, position, copies
+    def _chosen(self, held: HeldGradients) -> Iterator[tuple[int, Tensor]]:
+        return ((p, gradient) for p, gradient in held.gradients.items() if p not in self.skipped)
 
 
 def clip_scale(grad_norm: Tensor, max_norm: float | Tensor) -> Tensor:

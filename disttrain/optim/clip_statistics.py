@@ -27,10 +27,11 @@ def plain_update(moments: Moments, value: Tensor) -> Moments:
 
 
 def log_norm_update(moments: Moments, value: Tensor, clip: AdaptiveClip) -> Moments:
-    """One more log-norm: it counts as at most `winsor` deviations above the mean, wherever the threshold is, so that a
-    tight threshold cannot narrow the very statistics that it comes from."""
+    """One more log-norm: it counts as at most `winsor` deviations from the mean, wherever the threshold is, so that a
+    tight threshold cannot narrow the very statistics that it comes from, nor one tiny norm open it for long."""
     mean, variance, count = moments
-    step = torch.minimum(value - mean, clip.winsor * deviation(variance, clip))
+    most = clip.winsor * deviation(variance, clip)
+    step = (value - mean).clamp(-most, most)
     averaged = (
         mean + (1 - clip.decay) * step,
         clip.decay * (variance + (1 - clip.decay) * step.square()),
@@ -43,11 +44,10 @@ def log_norm_update(moments: Moments, value: Tensor, clip: AdaptiveClip) -> Mome
 
 
 def log_norm_threshold(moments: Moments, importance: Tensor, clip: AdaptiveClip, until: int) -> Tensor:
-    """exp(mean + z / importance * deviation), at most `limit`; without bound in the warm-up."""
+    """exp(mean + z / importance * deviation), at most `limit`, which alone holds in the warm-up."""
     mean, variance, count = moments
-    z = z_at(count.max(), clip, until)
-    threshold = torch.exp(mean + z / importance * deviation(variance, clip)).clamp(max=clip.limit or math.inf)
-    return torch.where(count < clip.warmup_steps, math.inf, threshold)
+    threshold = torch.exp(mean + z_at(count, clip, until) / importance * deviation(variance, clip))
+    return torch.where(count < clip.warmup_steps, math.inf, threshold).clamp(max=clip.limit or math.inf)
 
 
 def z_at(steps: Tensor, clip: AdaptiveClip, until: int) -> Tensor:
@@ -74,24 +74,26 @@ def zclip_update(moments: Moments, value: Tensor, clip: ZClip) -> Moments:
 
 
 class ZClipRule(ClipRule):
-    """State: mean, variance and count, [1, 3]."""
+    """State: mean, variance, count, and for how many steps in a row the norm was cut below one half; [1, 4]."""
 
     def __init__(self, clip: ZClip, count: int, device: torch.device) -> None:
         super().__init__(count)
-        self.clip, self.over, self.names = clip, clip.over, ("",)
-        self.state = torch.zeros(1, 3, dtype=torch.float64, device=device)
+        self.clip, self.over, self.names = clip, clip.over, (f"norm_of_{clip.over}",)
+        self.state = torch.zeros(1, 4, dtype=torch.float64, device=device)
 
     def decide(self, seen: Seen) -> Decision:
-        norm = seen.norm(2.0, self.over)
-        mean, variance, count = self.state[0].unbind()
-        warm = count >= self.clip.warmup_steps
-        spike = torch.where(warm, zclip_limit((mean, variance, count), norm, self.clip), math.inf)
+        norm = seen.norm(2.0, self.over).reshape(1)
+        mean, variance, count, streak = self.state.unbind(-1)
+        moments, warm = (mean, variance, count), count >= self.clip.warmup_steps
+        spike = torch.where(warm, zclip_limit(moments, norm, self.clip), math.inf)
         counted = torch.minimum(norm, spike)
-        early = torch.stack(plain_update((mean, variance, count), counted))
-        late = torch.stack(zclip_update((mean, variance, count), counted, self.clip))
-        self.state.copy_(torch.where(seen.finite, torch.where(warm, late, early), self.state))
-        scale = clip_scale(norm, spike.clamp(max=self.clip.max_norm or math.inf))
-        return Decision(scale.reshape(1), (scale < 1).double())
+        early, late = plain_update(moments, counted), zclip_update(moments, counted, self.clip)
+        learned = [torch.where(warm, later, sooner) for sooner, later in zip(early, late, strict=True)]
+        learned.append(torch.where(spike < CUT_IN_HALF * norm, streak + 1, 0.0))
+        self.state.copy_(torch.where(seen.finite, torch.stack(learned, dim=1), self.state))
+        threshold = spike.clamp(max=self.clip.max_norm or math.inf)
+        scale = clip_scale(norm, threshold)
+        return Decision(scale, (scale < 1).double().mean(), norm, threshold)
 
 
 class AdaptiveRule(ClipRule):
@@ -115,4 +117,4 @@ class AdaptiveRule(ClipRule):
         # A unit without a gradient has no norm to learn from.
         known = (seen.finite & (norms > 0))[:, None]
         self.state.copy_(torch.where(known, torch.stack([*learned, streak], dim=1), self.state))
-        return Decision(factors, (factors < 1).double().mean(), thresholds)
+        return Decision(factors, (factors < 1).double().mean(), norms, thresholds)

@@ -6,13 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from disttrain.config.clipping import AdaptiveClip, UnitRule
+from disttrain.config.clipping import MOST_IMPORTANT, REST, AdaptiveClip, UnitRule
 from disttrain.errors import UserError
 from disttrain.models import ShardingPlan
 from disttrain.optim.param_groups import matching
 
-MOST_IMPORTANT = 2.0
-_REST = "rest"
 _SHOWN = 8
 
 
@@ -30,13 +28,16 @@ def assign_units(
 ) -> tuple[list[Unit], set[str]]:
     """The units of a group that owns the parameters `names`, in order of their first member; and the rules they are of.
 
-    `edges` are the model's first and last layer. Raises UserError for a parameter that two rules match, and for an
-    unknown role.
+    `edges` are the first and last layer that is trained. Raises UserError for a parameter that two rules match, and
+    for an unknown role.
     """
     kinds: dict[str, UnitRule] = {}
     problems = []
     for rule in clip.unit_rules:
-        found = {name for pattern in _known(rule, clip, plan) for name in matching(pattern, names, plan.roles)}
+        try:
+            found = {name for pattern in _known(rule, clip, plan) for name in matching(pattern, names, plan.roles)}
+        except UserError as error:
+            raise UserError(f"optim: group {group}: clip.units {rule.name}: {error}") from error
         problems += [
             f"optim: group {group}: clip.units {kinds[name].name} and {rule.name} both match {name}; a parameter "
             "belongs to one unit: narrow one of the rules"
@@ -44,10 +45,11 @@ def assign_units(
         ]
         kinds |= dict.fromkeys(found, rule)
     if problems:
-        raise UserError(problems[:_SHOWN])
+        more = len(problems) - _SHOWN
+        raise UserError([*problems[:_SHOWN], *([f"and {more} more like this"] if more > 0 else [])])
     members: dict[tuple[str, int], list[int]] = {}
     for position, name in enumerate(names):
-        kind = kinds[name].name if name in kinds else _REST
+        kind = kinds[name].name if name in kinds else REST
         members.setdefault((kind, layer_of(name, plan)), []).append(position)
     units = [
         Unit(

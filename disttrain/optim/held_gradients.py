@@ -6,23 +6,35 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from disttrain.optim.sharding import copies, local
 
 
 class HeldGradients:
-    """Of `parameters` on one rank of `world`; what ranks hold together counts once in a sum over all of them."""
+    """Of `parameters` on this rank of `world`; what ranks hold together counts once in a sum over all of them.
 
-    def __init__(self, parameters: Sequence[nn.Parameter], world: int, rank: int, device: torch.device) -> None:
-        self.world, self.rank, self.device = world, rank, device
-        self.count, self.elements = len(parameters), sum(p.numel() for p in parameters)
-        gradients = {index: p.grad for index, p in enumerate(parameters) if p.grad is not None}
-        self.present = list(gradients)
-        """Positions of the parameters that have a gradient, in the order of the next three."""
-        self.gradients = [local(gradient) for gradient in gradients.values()]
-        self.weights = [local(parameters[index]).detach() for index in self.present]
-        self.copies = [copies(gradient, world) for gradient in gradients.values()]
+    Made once for a run; `look` takes the gradients of a step.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], world: int) -> None:
+        self.parameters, self.world = list(parameters), world
+        self.count, self.elements = len(self.parameters), sum(p.numel() for p in self.parameters)
+        self.device = local(self.parameters[0]).device
+        self.copies = [copies(parameter, world) for parameter in self.parameters]
+        self._held_by = torch.tensor(self.copies, dtype=torch.float64, device=self.device)
+        self._present = (list(range(self.count)), torch.arange(self.count, device=self.device))
+        self.gradients: dict[int, Tensor] = {}
+        """Local gradients by the parameter's position; those that there are."""
+
+    def look(self) -> None:
+        self.gradients = {i: local(p.grad) for i, p in enumerate(self.parameters) if p.grad is not None}
+        if list(self.gradients) != self._present[0]:
+            self._present = (list(self.gradients), torch.tensor([*self.gradients], device=self.device))
+
+    def weight(self, position: int) -> Tensor:
+        return local(self.parameters[position]).detach()
 
     def zeros(self, size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.float64, device=self.device)
@@ -30,28 +42,31 @@ class HeldGradients:
     def powers(self, order: float) -> Tensor:
         """[parameters] this rank's part of the sums of |g|^order; 0 where there is no gradient; fp64."""
         powers = self.zeros(self.count)
-        if self.present:
-            norms = torch.stack(list(torch._foreach_norm(self.gradients, ord=order))).double()
-            powers[self.present] = norms**order / torch.tensor(self.copies, dtype=torch.float64, device=norms.device)
-        return powers
+        if self.gradients:
+            norms = torch.stack(list(torch._foreach_norm([*self.gradients.values()], ord=order))).double()
+            powers[self._present[1]] = norms**order
+        return powers / self._held_by
 
     def largest(self) -> Tensor:
         """[world] a slot for every rank with the largest |g| that it holds: a sum must not add maxima up."""
-        found = [gradient.abs().max().double() for gradient in self.gradients if gradient.numel()]
+        found = [gradient.abs().max().double() for gradient in self.gradients.values() if gradient.numel()]
         slots = self.zeros(self.world)
-        slots[self.rank] = torch.stack(found).max() if found else 0.0
+        if found:
+            slots[dist.get_rank()] = torch.stack(found).max()
         return slots
 
     def entry(self, order: float) -> Tensor:
         """What the norm of `order` of the whole group needs from this rank."""
         return self.largest() if math.isinf(order) else self.powers(order).sum().reshape(1)
 
-    def multiply(self, positions: Sequence[int], factor: Tensor) -> None:
-        """Scale the gradients of the parameters at `positions` in place."""
-        wanted = set(positions)
-        chosen = [g for index, g in zip(self.present, self.gradients, strict=True) if index in wanted]
-        if chosen:
-            torch._foreach_mul_(chosen, factor.to(chosen[0].dtype))
+    def multiply(self, parts: Sequence[Sequence[int]], factors: Tensor) -> None:
+        """Scale the gradients of the parameters at the positions of each part by its factor [parts], in place."""
+        if not self.gradients:
+            return
+        dtype = next(iter(self.gradients.values())).dtype
+        for members, factor in zip(parts, factors.to(dtype).unbind(), strict=True):
+            if chosen := [self.gradients[position] for position in members if position in self.gradients]:
+                torch._foreach_mul_(chosen, factor)
 
 
 def norm_of_entry(total: Tensor, order: float) -> Tensor:

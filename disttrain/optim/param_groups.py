@@ -38,7 +38,7 @@ def assign_groups(
                 problems.append(f"group {group.name}: {error}")
                 continue
             if not found and not empty_groups:
-                problems.append(f"group {group.name}: {rule!r} matches none of the parameters: {listed(trainable)}")
+                problems.append(f"group {group.name}: {rule!r} matches none of the parameters: {_listed(trainable)}")
             matched |= found
         for name in (name for name in trainable if name in matched and name not in taken):
             owned[group.name][name], taken[name] = trainable[name], group.name
@@ -50,7 +50,7 @@ def assign_groups(
             )
     if unowned := [name for name in trainable if name not in taken]:
         problems.append(
-            f"no group matches {listed(unowned)}; add a rule, or a last group with match = ['.*'] for the rest"
+            f"no group matches {_listed(unowned)}; add a rule, or a last group with match = ['.*'] for the rest"
         )
     if problems:
         raise UserError(f"optim.groups: {problem}" for problem in problems)
@@ -65,7 +65,7 @@ def matching(rule: str, names: Iterable[str], roles: Mapping[str, str]) -> list[
     return [name for name in names if re.search(pattern, name)]
 
 
-def listed(names: Iterable[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     names = list(names)
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

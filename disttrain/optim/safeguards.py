@@ -21,6 +21,13 @@ class Safeguards:
     update_limit: UpdateLimit | None = None
     qk_clip: QKClip | None = None
 
+    def describe(self) -> list[str]:
+        """Lines for the start of a run."""
+        limit, qk_clip = self.update_limit, self.qk_clip
+        limited = f"no parameter moves by more than {limit.max_ratio:g} of its norm in a step" if limit else None
+        watching = qk_clip.describe() if qk_clip else None
+        return [*self.clipper.notes(), *(line for line in (limited, watching) if line)]
+
 
 def build_safeguards(
     model: nn.Module,

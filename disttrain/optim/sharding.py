@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -13,6 +14,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of `tensor`: the shard of a DTensor, sharing its memory, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def world_size() -> int:
+    """Processes that there are; one where no group was made."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def copies(tensor: Tensor, world: int) -> int:

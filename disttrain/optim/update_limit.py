@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from disttrain.optim.sharding import copies, local
+from disttrain.optim.sharding import copies, local, world_size
 
 LEAST_RMS = 1e-3
 """The least root mean square that a weight counts as, so that parameters of zeros can leave zero."""
@@ -19,6 +19,10 @@ class UpdateLimit:
 
     def __init__(self, parameters: Sequence[nn.Parameter], max_ratio: float) -> None:
         self.parameters, self.max_ratio = list(parameters), max_ratio
+        device = local(self.parameters[0]).device
+        self._copies = torch.tensor([copies(p, world_size()) for p in self.parameters], device=device).double()
+        elements = torch.tensor([p.numel() for p in self.parameters], device=device)
+        self._least = LEAST_RMS * elements.double().sqrt()
         self._before: list[Tensor] = []
 
     def remember(self) -> None:
@@ -31,18 +35,18 @@ class UpdateLimit:
         A ratio is |W' - W| / max(|W|, LEAST_RMS sqrt(elements)), of whole parameters in the Frobenius norm; one
         all-reduce. An update within the limit keeps every bit.
         """
-        world, before, after = dist.get_world_size(), self._before, [local(p).detach() for p in self.parameters]
+        before, after = self._before, [local(p).detach() for p in self.parameters]
         self._before = []
-        moved = torch._foreach_norm(torch._foreach_sub(after, before))
-        norms = torch.stack([torch.stack(list(moved)), torch.stack(list(torch._foreach_norm(before)))]).double()
-        held = torch.tensor([copies(p, world) for p in self.parameters], dtype=torch.float64, device=norms.device)
-        squares = norms.square() / held
+        pairs = zip(before, after, strict=True)
+        moved = torch.stack([torch.linalg.vector_norm(weight - start, dtype=torch.float64) for start, weight in pairs])
+        norms = torch.stack(list(torch._foreach_norm(before))).double()
+        squares = torch.stack([moved, norms]).square() / self._copies
         dist.all_reduce(squares)
-        least = LEAST_RMS * torch.tensor([p.numel() for p in self.parameters], device=norms.device).double().sqrt()
         steps, weights = squares.sqrt()
-        ratios = steps / torch.maximum(weights, least)
+        ratios = steps / torch.maximum(weights, self._least)
         shares = (self.max_ratio / ratios).clamp(max=1.0)
-        for start, weight, share in zip(before, after, shares, strict=True):
-            # With a share of one, lerp gives its second argument to the bit.
-            weight.copy_(torch.lerp(start, weight, share.to(weight.dtype)))
+        for start, weight, share in zip(before, after, shares.unbind(), strict=True):
+            # With a share of one, lerp gives its second argument to the bit; an infinite step is not taken at all.
+            shortened = torch.lerp(start, weight, share.to(weight.dtype))
+            weight.copy_(torch.where(share > 0, shortened, start))
         return ratios

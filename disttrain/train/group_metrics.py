@@ -23,8 +23,8 @@ class GroupMetrics:
 
     def record(self, norms: GradientNorms) -> dict[str, float]:
         """`lr/GROUP`, `grad_norm/GROUP` (before clipping) and `clip_scale/GROUP` of this step; `clip_share/GROUP` since
-        the last record: by norm the share of clipped steps, by value that of clipped elements. `lr` is the rate of the
-        group with most elements."""
+        the last record: by norm the share of clipped steps, by value that of clipped elements, by agc that of rows, of
+        adaptive clipping that of units. `lr` is the rate of the group with most elements."""
         largest = max(self.groups, key=lambda group: sum(p.numel() for p in group["params"]))
         shares = torch.zeros_like(norms.scales) if self._shares is None else self._shares / self._steps
         self._shares, self._steps = None, 0

@@ -77,7 +77,7 @@ class TrainingLoop:
         self.position, notes = self._begin(manager)
         notes += device_notes(run.config.parallel, device) + room_note(manager, self.parts.engine.state())
         self.output = RunOutput(run, ranks, self.position.step, notes)
-        self.output.announce(self.parts.optimizer)
+        self.output.announce(self.parts.optimizer, self.parts.safeguards)
         self.first_update = FirstUpdate(self.parts.optimizer, self.output)
         self.checkpoints = RunCheckpoints(manager, section, self.output)
         self.first_step = self.logged_step = self.position.step

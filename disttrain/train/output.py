@@ -5,7 +5,7 @@ from __future__ import annotations
 from disttrain.checkpoint.manager import Saved
 from disttrain.distributed.env import Ranks
 from disttrain.monitor import ConsoleSink, JsonlSink
-from disttrain.optim import OptimizerSet
+from disttrain.optim import OptimizerSet, Safeguards
 from disttrain.optim.ownership import ownership, ownership_record, ownership_table
 from disttrain.train.folder import State, disk_errors
 from disttrain.train.preflight import PreparedRun
@@ -33,8 +33,9 @@ class RunOutput:
         if self.console is not None:
             self.console.say(text)
 
-    def announce(self, optimizer: OptimizerSet) -> None:
-        """Who owns which parameter, and computes which matrix: all of it in the run folder, in brief on the console."""
+    def announce(self, optimizer: OptimizerSet, safeguards: Safeguards) -> None:
+        """Who owns which parameter, and computes which matrix: all of it in the run folder, in brief on the console;
+        and what watches over the steps."""
         if self.console is None:
             return
         rows, exchanges = ownership(optimizer), optimizer.matrix_optimizers
@@ -44,6 +45,8 @@ class RunOutput:
         for line in ownership_table(rows):
             self.console.say(line)
         for line in (line for exchange in exchanges for line in exchange.describe()):
+            self.console.say(line)
+        for line in safeguards.describe():
             self.console.say(line)
 
     def log(self, record: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""What a log row tells of units of adaptive clipping, of limited updates, and of attention logits."""
+"""What a log row tells of what is clipped by its history, of limited updates, and of attention logits."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ class SafeguardMetrics:
         return {key: value for key, value in record.items() if math.isfinite(value)}
 
     def warnings(self) -> list[str]:
-        """Call before `record`: units that have been cut below one half for steps on end, each told once."""
+        """Call before `record`: units that have been cut below one half for steps on end, each told when it begins."""
         if not self.units or not isinstance(self._streaks, Tensor):
             return []
         lasting = {n: int(s) for n, s in zip(self.units, self._streaks.tolist(), strict=True) if s >= STREAK}
         new = [name for name in lasting if name not in self._warned]
-        self._warned |= set(new)
+        self._warned = set(lasting)
         return [
             f"the gradient of {name} was cut below one half in {lasting[name]} steps in a row: its level has changed, "
             "or it diverges"

@@ -82,6 +82,7 @@ CASES = {
     "importance below one": ({"importance": "0.5"}, ["units.1.importance", "greater than or equal to 1", "0.5"]),
     "rules that overlap": ({"rule": "wq"}, ["clip.units attention and second both match", "attention.wq", "narrow"]),
     "a rule without a match": ({"rule": "router"}, ["clip.units second matches none of the parameters"]),
+    "a reserved name": ({"name": "rest"}, ["units: 'rest' is the name of what no rule matches"]),
     "a name twice": ({"name": "attention"}, ["units: the name attention is given twice"]),
 }
 

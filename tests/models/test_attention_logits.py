@@ -58,6 +58,14 @@ def test_the_bound_is_the_maximum_where_it_matters() -> None:
     torch.testing.assert_close(bound, torch.full((6,), 100.0, dtype=torch.float64), rtol=1e-2, atol=0)
 
 
+def test_exact_does_not_overflow_where_attention_does_not() -> None:
+    """In fp16 the scores before their scale would."""
+    q, k, _ = (t.half() for t in drawn(SHAPES[0], torch.float32))
+    q = q * (10_000 * math.sqrt(8) / naive(q.float(), k.float()).amax()).half()
+    assert largest_logits(q, k).isfinite().all()
+    assert largest_logits(q, k).max() > 25_000
+
+
 def test_gradients_are_those_of_plain_attention_and_the_watch_holds_no_graph() -> None:
     gradients = []
     for method in ("bound", "exact", None):

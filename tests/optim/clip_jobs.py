@@ -37,21 +37,22 @@ KINDS: list[Clip] = [
 
 
 def every_kind(rank: int, world: int) -> list[Tensor]:
-    """Gradients after five steps of groups that are each clipped their own way, by one all-reduce a step."""
-    clipper: GradientClipper | None = None
+    """Gradients after five steps of groups that are each clipped their own way, by one all-reduce a step; and shares
+    [steps, groups]."""
+    parameters = mixed_parameters(world)
+    members = [[parameters[0], parameters[-1]], *([p] for p in parameters[1:-1])]
+    groups = [
+        {"name": f"g{i}", "params": owned, "config": AdamW(name=f"g{i}", match=(".*",), clip=clip)}
+        for i, (owned, clip) in enumerate(zip(members, KINDS, strict=True))
+    ]
+    clipper, shares = GradientClipper(groups, ["a", "b", "c", "d", "e", "f"], steps=100), []
     for step in range(5):
-        parameters = mixed_parameters(world)
-        members = [[parameters[0], parameters[-1]], *([p] for p in parameters[1:-1])]
-        groups = [
-            {"name": f"g{i}", "params": owned, "config": AdamW(name=f"g{i}", match=(".*",), clip=clip)}
-            for i, (owned, clip) in enumerate(zip(members, KINDS, strict=True))
-        ]
-        clipper = clipper or GradientClipper(groups, ["a", "b", "c", "d", "e", "f"], steps=100)
-        clipper.groups = groups
+        for parameter, fresh in zip(parameters, mixed_parameters(world), strict=True):
+            parameter.grad = fresh.grad
         with torch.no_grad(), CommDebugMode() as calls:
-            clipper.dist_clip(torch.tensor(1.0 + step))
+            shares.append(clipper.dist_clip(torch.tensor(1.0 + step)).shares)
         assert sum(calls.get_comm_counts().values()) == 1
-    return whole_of(parameters)
+    return [*whole_of(parameters), torch.stack(shares)]
 
 
 def limited(rank: int, world: int, strategy: str) -> tuple[list[float], list[dict[str, Tensor]]]:
@@ -65,6 +66,16 @@ def limited(rank: int, world: int, strategy: str) -> tuple[list[float], list[dic
     moved = gather_whole(dict(toys.named_parameters()))
     ratios = limit.dist_apply()
     return ratios.tolist(), [start, moved, gather_whole(dict(toys.named_parameters()))]
+
+
+def limited_infinity(rank: int, world: int) -> list[float]:
+    """A parameter whose step was infinite in one place."""
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
+    limit = UpdateLimit([parameter], 0.1)
+    limit.remember()
+    parameter.data += torch.tensor([math.inf, 1.0])
+    limit.dist_apply()
+    return parameter.tolist()
 
 
 def attention_engine(world: int, settings: dict[str, Any], model: ModelConfig, qk: dict[str, Any]) -> NativeEngine:

@@ -146,7 +146,30 @@ def test_a_unit_without_gradient_learns_nothing_and_stops_nobody() -> None:
     assert not torch.equal(rule.state[0], before[0])
 
 
-def test_an_absolute_limit_holds_below_the_threshold() -> None:
+def test_one_tiny_norm_does_not_open_the_threshold() -> None:
+    rule = warm_rule(CLIP)
+    usual = rule.decide(seen(fp64(1, 1, 1))).thresholds
+    rule.decide(seen(fp64(1, 1e-7, 1)))
+    after = rule.decide(seen(fp64(1, 1, 1))).thresholds
+    assert usual is not None
+    assert after is not None
+    assert usual[1] < after[1] < 1.5 * usual[1]
+
+
+def test_each_unit_counts_its_own_steps() -> None:
+    clip = AdaptiveClip(warmup_steps=2, early=4.0, late=1.0, min_deviation=1.0)
+    rule = AdaptiveRule(clip, units(1, 1), 10, CPU)
+    for step in range(10):
+        rule.decide(seen(fp64(1, 0 if step < 7 else 1)))
+    assert rule.state[:, 2].tolist() == [10, 3]
+    thresholds = rule.decide(seen(fp64(1, 1))).thresholds
+    assert thresholds is not None
+    assert thresholds.log().tolist() == pytest.approx([1.0, 1 + 3 * 0.5 * (1 + math.cos(0.3 * math.pi))])
+
+
+def test_an_absolute_limit_holds_below_the_threshold_and_in_the_warm_up() -> None:
+    first = AdaptiveRule(AdaptiveClip(limit=0.5), units(1, 1), 10, CPU)
+    assert first.decide(seen(fp64(2, 0.4))).factors.tolist() == [0.25, 1]
     decision = warm_rule(AdaptiveClip(warmup_steps=30, limit=0.5)).decide(seen(fp64(1, 1, 0.4)))
     assert decision.factors.tolist() == [0.5, 0.5, 1]
 

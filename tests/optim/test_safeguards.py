@@ -10,14 +10,26 @@ import torch
 
 from disttrain.config import ModelConfig, OptimConfig
 from disttrain.config.clipping import AdaptiveClip, QKClipConfig
+from disttrain.engines import UpdateResult
 from disttrain.errors import UserError
 from disttrain.models import GPT_PLAN
-from disttrain.optim import GradientClipper, QKClip, build_optimizer, dist_clip_gradients
+from disttrain.optim import (
+    GradientClipper,
+    GradientNorms,
+    QKClip,
+    build_optimizer,
+    build_safeguards,
+    dist_clip_gradients,
+)
+from disttrain.optim.clip import UnitClips
+from disttrain.optim.clip_rules import AGCRule
 from disttrain.optim.clip_units import assign_units
+from disttrain.optim.qk_clip import qk_clip_scales
 from disttrain.testing import RankPool
 from disttrain.testing.optimizer_parity import SHAPES, STRATEGIES
 from disttrain.testing.parity import MODELS
 from disttrain.train.build import build_gpt
+from disttrain.train.safeguard_metrics import SafeguardMetrics
 
 JOBS = "tests.optim.clip_jobs:"
 CPU = torch.device("cpu")
@@ -129,10 +141,65 @@ def test_units_are_kinds_in_layers() -> None:
     assert members["attention_qk.1"] == ["blocks.1.attention.wq.weight", "blocks.1.attention.wk.weight"]
 
 
-def clipper(optim: dict[str, Any], steps: int = 100) -> GradientClipper:
+def clipper(optim: dict[str, Any], steps: int | None = 100) -> GradientClipper:
     gpt = build_gpt(MODELS["gpt2"], 8, CPU)
     optimizer = build_optimizer(gpt, OptimConfig.model_validate(optim), GPT_PLAN)
     return GradientClipper(optimizer.param_groups, optimizer.parameter_names, GPT_PLAN, steps)
+
+
+SKIPS = [
+    (["("], ValueError, "not a regular expression"),
+    (["role:hed"], UserError, "clip.skip: there is no role:hed; the model has role:"),
+]
+
+
+@pytest.mark.parametrize(("skip", "kind", "words"), SKIPS)
+def test_what_agc_should_skip_must_be_a_rule(skip: list[str], kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        clipper({"clip": {"kind": "agc", "skip": skip}})
+
+
+def test_agc_skips_by_any_rule() -> None:
+    [first, second] = clipper({"clip": {"kind": "agc", "skip": ["(?:wte|final)", "role:mlp"]}}).rules
+    assert isinstance(first, AGCRule)
+    assert isinstance(second, AGCRule)
+    assert len(first.skipped) == 3  # wte, and the final norm's weight and bias
+    assert len(second.skipped) == 4
+    with pytest.raises(UserError, match="agc skips parameters by name"):
+        dist_clip_gradients(clipper({"clip": {"kind": "agc"}}).groups, torch.ones(()))
+
+
+def test_a_run_of_one_step_has_a_schedule_too() -> None:
+    assert [note.split(":")[0] for note in clipper({"preset": "muonclip"}, steps=1).notes()] == [
+        "group matrices",
+        "group no_decay",
+    ]
+    assert clipper({"preset": "muonclip"}, steps=101).notes() == []
+    with pytest.raises(UserError, match="without the run's steps"):
+        clipper({"preset": "muonclip"}, steps=None)
+
+
+def test_what_diverges_is_told_when_it_begins() -> None:
+    gpt = build_gpt(MODELS["gpt2"], 8, CPU)
+    optim = OptimConfig.model_validate({"clip": {"kind": "zclip"}})
+    optimizer = build_optimizer(gpt, optim, GPT_PLAN)
+    guards = build_safeguards(gpt, optimizer, optim, GPT_PLAN, device=CPU, steps=10)
+    metrics, told = SafeguardMetrics(optimizer, guards), []
+    one, names = torch.ones(2, dtype=torch.float64), guards.clipper.unit_names
+    assert names == ["no_decay.norm_of_all", "decay.norm_of_all"]
+    for streak in (1, 2, 3, 4, 0, 3):
+        units = UnitClips(norms=one, thresholds=one * math.inf, scales=one / 2, streaks=torch.tensor([0.0, streak]))
+        norms = GradientNorms(one.sum(), one, one, one, one, units)
+        update = UpdateResult(norms, torch.zeros(()), torch.ones(()))
+        metrics.add(update)
+        told.append(metrics.warnings())
+        record = metrics.record(update)
+    assert [len(lines) for lines in told] == [0, 0, 1, 0, 0, 1]
+    assert "the gradient of decay.norm_of_all was cut below one half in 3 steps in a row" in told[2][0]
+    assert record == {f"{key}/{name}": v for key, v in VALUES.items() for name in names}  # no infinite threshold
+
+
+VALUES = {"unit_norm": 1.0, "unit_scale": 0.5, "unit_clip_share": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +210,10 @@ def clipper(optim: dict[str, Any], steps: int = 100) -> GradientClipper:
             ["clip.units a and b both match blocks.0.attention.wq.bias", "narrow one of the rules"],
         ),
         ({"units": [{"name": "a", "match": ["router"]}]}, ["clip.units a matches none of the parameters"]),
-        ({"units": [{"name": "a", "match": ["role:router"]}]}, ["there is no role:router; the model has role:"]),
+        (
+            {"units": [{"name": "a", "match": ["role:router"]}]},
+            ["group no_decay: clip.units a: there is no role:router; the model has role:"],
+        ),
         ({"tighten_from": 50}, ["tighten_from = 50 is not before the end of the schedule, step 50 (half of the run)"]),
     ],
 )
@@ -158,8 +228,25 @@ def test_qk_clip_needs_attention_that_it_can_scale() -> None:
         QKClip(torch.nn.Linear(2, 2), QKClipConfig(mode="clip"), CPU, {})
     with pytest.raises(UserError, match="normalises queries and keys"):
         QKClip(build_gpt(MODELS["modern"], 8, CPU), QKClipConfig(mode="clip"), CPU, {})
+    with pytest.raises(UserError, match="frozen weights"):
+        QKClip(build_gpt(MODELS["gpt2"], 8, CPU), QKClipConfig(mode="clip"), CPU, {})
+    wide = build_gpt(ModelConfig(**ATTENTION, d_model=32, n_heads=2), 8, CPU)
     with pytest.raises(UserError, match="works on cuda, and the run is on cpu"):
-        QKClip(build_gpt(MODELS["gpt2"], 8, CPU), QKClipConfig(mode="clip", logits="flex"), CPU, {})
+        QKClip(wide, QKClipConfig(mode="log", logits="flex"), CPU, {})
+    with pytest.raises(UserError, match="heads of 16 numbers, not 2"):
+        QKClip(build_gpt(MODELS["gpt2"], 8, CPU), QKClipConfig(mode="log", logits="flex"), CPU, {})
+
+
+@pytest.mark.parametrize("largest", [math.inf, math.nan, -math.inf, 50.0])
+def test_logits_that_are_no_numbers_or_small_change_nothing(largest: float) -> None:
+    seen = torch.tensor([largest, 200.0], dtype=torch.float64)
+    gamma, query, key = qk_clip_scales(seen, 1, QKClipConfig(threshold=100.0))
+    assert gamma.tolist() == query.tolist() == [1.0, 0.5]
+    assert key.tolist() == [1.0]
+
+
+def test_an_infinite_step_is_not_taken(pool: RankPool) -> None:
+    assert pool.run(JOBS + "limited_infinity", 2) == [[1.0, 2.0]] * 2
 
 
 def test_a_loop_of_ones_own_is_told_to_keep_the_history() -> None:

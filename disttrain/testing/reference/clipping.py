@@ -85,7 +85,7 @@ class ReferenceClipper:
     def _threshold(self, clip: AdaptiveClip, known: dict[str, Any], importance: float) -> float:
         t = len(known["values"])
         if t < clip.warmup_steps:
-            return math.inf
+            return clip.limit or math.inf
         until = clip.tighten_until or self.steps // 2
         progress = min(1.0, max(0.0, (t - clip.tighten_from) / (until - clip.tighten_from)))
         z = clip.late + (clip.early - clip.late) * (1 + math.cos(math.pi * progress)) / 2
@@ -99,7 +99,8 @@ def _learn(clip: AdaptiveClip, known: dict[str, Any], value: float) -> None:
         known["mean"], known["variance"] = fmean(known["values"]), pvariance(known["values"])
         return
     deviation = max(math.sqrt(known["variance"]), clip.min_deviation)
-    step = min(value, known["mean"] + clip.winsor * deviation) - known["mean"]
+    most = clip.winsor * deviation
+    step = max(-most, min(most, value - known["mean"]))
     known["mean"] += (1 - clip.decay) * step
     known["variance"] = clip.decay * (known["variance"] + (1 - clip.decay) * step**2)
 
