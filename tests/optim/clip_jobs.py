@@ -180,7 +180,7 @@ def mistaken(rank: int, world: int, mistake: str, settings: dict[str, Any]) -> d
 def _forget_biases(engine: NativeEngine) -> None:
     if engine.safeguards.qk_clip:
         points = engine.safeguards.qk_clip.points
-        engine.safeguards.qk_clip.points = {p: tensors for p, tensors in points.items() if p.ndim > 1}
+        engine.safeguards.qk_clip.points = {p: tensors if p.ndim > 1 else [] for p, tensors in points.items()}
 
 
 def _forget_history(engine: NativeEngine) -> None:
