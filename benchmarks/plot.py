@@ -21,19 +21,21 @@ def line_chart(
     marks: Sequence[float] = (),
     dots: bool = False,
 ) -> str:
-    """Curves by name: x to the right from 0, y upwards (`log`: by powers of ten); `marks` are x that stand out.
+    """Curves by name: x to the right, from 0 or from the first, y upwards (`log`: by powers of ten); `marks` are x that
+    stand out.
 
     Colours follow the order of the names, so that charts of the same names agree.
     """
     scale: Callable[[float], float] = math.log10 if log else float
     points = [point for line in lines.values() for point in line]
-    right = max(x for x, _ in points)
+    left, right = min(x for x, _ in points), max(x for x, _ in points)
+    left = left if left > right / 4 else 0.0
     values = [scale(y) for _, y in points]
     low, high = min(values), max(values)
     low, high = (math.floor(low), math.ceil(high)) if log else (low - 0.05 * (high - low), high + 0.05 * (high - low))
 
     def place(x: float, scaled: float) -> tuple[str, str]:
-        return f"{60 + 520 * x / right:.1f}", f"{20 + 260 * (high - scaled) / (high - low):.1f}"
+        return f"{60 + 520 * (x - left) / (right - left):.1f}", f"{20 + 260 * (high - scaled) / (high - low):.1f}"
 
     shapes = [f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>']
     for mark in marks:
@@ -42,12 +44,13 @@ def line_chart(
     steps = int(high - low) if log else 4
     for step in range(steps + 1):
         value = low + (high - low) * step / steps
-        y, said = place(0, value)[1], f"{10**value:g}" if log else f"{value:.2f}"
+        y, said = place(left, value)[1], f"{10**value:g}" if log else f"{value:.2f}"
         shapes.append(f'<line x1="60" x2="580" y1="{y}" y2="{y}" stroke="#ddd"/>')
         shapes.append(f'<text x="52" y="{y}" text-anchor="end" dominant-baseline="middle" {_TEXT}>{said}</text>')
     for step in range(5):
-        x = place(right * step / 4, low)[0]
-        shapes.append(f'<text x="{x}" y="298" text-anchor="middle" {_TEXT}>{tick(right * step / 4)}</text>')
+        value = left + (right - left) * step / 4
+        x = place(value, low)[0]
+        shapes.append(f'<text x="{x}" y="298" text-anchor="middle" {_TEXT}>{tick(value)}</text>')
     for number, (name, line) in enumerate(lines.items()):
         colour = PALETTE[number % len(PALETTE)]
         path = [place(x, scale(y)) for x, y in line]
