@@ -30,7 +30,7 @@ from disttrain.data.loader import validation_batches
 from disttrain.distributed.env import Ranks
 from disttrain.engines import Engine, UpdateResult
 from disttrain.optim.clip_statistics import AdaptiveRule
-from disttrain.schedule import lr_factor
+from disttrain.schedule import LrSchedule
 from disttrain.testing import RankPool
 from disttrain.train.build import Training, build_training
 from disttrain.train.evaluate import evaluate
@@ -68,11 +68,12 @@ class Spiked:
         self.parameters = dict(parts.gpt.named_parameters())
         self.layers = len(parts.gpt.blocks)
         self.step = 0
+        self.begin_step = self.engine.begin_step
         self.forward, self.backward = self.engine.forward, self.engine.backward
         self.evaluation_weights, self.state = self.engine.evaluation_weights, self.engine.state
         self.loaded, self.weights_changed = self.engine.loaded, self.engine.weights_changed
 
-    def finish_step(self, lr_factor: float) -> UpdateResult:
+    def finish_step(self, lr_factor: float | Sequence[float]) -> UpdateResult:
         self.step += 1
         if self.step in self.spikes:
             self._spoil(self.spikes.index(self.step))
@@ -104,18 +105,11 @@ def train_one(rank: int, world: int, optimizer: str, policy: str) -> dict[str, A
     engine: Engine = Spiked(parts, () if policy.startswith("no spikes") else SPIKES)
     rules = [rule for rule in parts.safeguards.clipper.rules if isinstance(rule, AdaptiveRule)]
     losses, validation, units = [], [], []
+    schedule = LrSchedule("cosine", warmup_tokens=50, horizon_tokens=STEPS, final_ratio=0.1)
     for step in range(STEPS):
         batches = [(torch.from_numpy(b.tokens), torch.from_numpy(b.labels)) for b in _batches(parts, step)]
-        tokens = config.train.global_batch_tokens
-        factor = lr_factor(
-            "cosine",
-            (step + 1) * tokens,
-            warmup_tokens=50 * tokens,
-            horizon_tokens=STEPS * tokens,
-            final_ratio=0.1,
-        )
         usual = torch.cat([rule.state[:, 0].clone() for rule in rules]) if rules else None
-        result = train_step(engine, batches, lr_factor=factor, device=CPU)
+        result = train_step(engine, batches, lr_factor=schedule.factor(step + 1), device=CPU)
         losses.append(_summed(result.loss_sum) / result.valid_tokens)
         if usual is not None and result.update.norms.units is not None:
             seen = result.update.norms.units
@@ -136,7 +130,8 @@ def train_one(rank: int, world: int, optimizer: str, policy: str) -> dict[str, A
 
 
 def _batches(parts: Training, step: int) -> Any:
-    return parts.loader.microbatches(step * parts.batch_samples)
+    samples = 1024 // 128
+    return parts.loader.microbatches(step * samples, samples)
 
 
 def _summed(value: Tensor) -> float:

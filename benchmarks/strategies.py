@@ -60,8 +60,8 @@ TOY = ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=64)
 LENGTH, ROWS, ACCUMULATION = 256, 4, 2
 CPU = torch.device("cpu")
 KINDS = ("all_gather", "reduce_scatter", "all_reduce")
-COUNT_BYTES = 3 * 8
-"""All-reduced in every step: counts of tokens, of wishes to stop, of ranks still saving. And a norm per parameter."""
+COUNT_BYTES = 4 * 8
+"""All-reduced in every step: counts of tokens, wishes to stop, ranks still saving, chunks. And a norm per parameter."""
 M_MMAP_THRESHOLD = -3
 
 Settings = dict[str, Any]

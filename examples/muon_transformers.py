@@ -27,7 +27,7 @@ from disttrain.models import ShardingPlan, cross_entropy_sum
 from disttrain.optim import build_optimizer, dist_clip_gradients, set_learning_rate
 from disttrain.optim.ownership import ownership, ownership_table
 from disttrain.parallel.fsdp import apply_fsdp
-from disttrain.schedule import lr_factor
+from disttrain.schedule import LrSchedule
 
 BATCH, LENGTH, STEPS = 16, 64, 30
 LLAMA = LlamaConfig(
@@ -75,6 +75,7 @@ def main() -> None:
         if ranks.is_first:
             print("\n".join(ownership_table(ownership(optimizer))))
 
+        schedule = LrSchedule("cosine", warmup_tokens=3, horizon_tokens=STEPS, final_ratio=0.1)
         for step in range(1, STEPS + 1):
             tokens, labels = batch(step, ranks)
             [valid_tokens] = dist_sum_integers(int((labels != IGNORE_LABEL).sum()))
@@ -82,8 +83,7 @@ def main() -> None:
             # Gradients are summed over processes, never averaged: the one division is by the tokens of all of them.
             (loss_sum / valid_tokens).backward()
             dist_clip_gradients(optimizer.param_groups, unscale=torch.ones((), device=device))
-            factor = lr_factor("cosine", step, warmup_tokens=3, horizon_tokens=STEPS, final_ratio=0.1)
-            set_learning_rate(optimizer, factor)
+            set_learning_rate(optimizer, schedule.factor(step))
             optimizer.step()
             optimizer.zero_grad()
             total = dist_all_gather_rows(loss_sum.detach().double().reshape(1)).sum().item()

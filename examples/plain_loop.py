@@ -19,8 +19,7 @@ from disttrain.data.loader import validation_batches
 from disttrain.distributed.collectives import dist_all_gather_rows
 from disttrain.distributed.env import Ranks, read_ranks
 from disttrain.distributed.process_group import distributed, select_device
-from disttrain.schedule import lr_factor
-from disttrain.train.build import build_training
+from disttrain.train.build import build_batch_law, build_training
 from disttrain.train.evaluate import evaluate
 from disttrain.train.preflight import prepare_run
 from disttrain.train.step import train_step
@@ -30,24 +29,24 @@ def main() -> None:
     ranks = read_ranks() or Ranks()
     # Settings, data and vocabulary, checked: a UserError here says in words what is wrong.
     run = prepare_run(load_config(Path(sys.argv[1]), sys.argv[2:], world=ranks.world).config)
-    config, data, train, schedule = run.config, run.data, run.config.train, run.config.schedule
+    config, data, train = run.config, run.data, run.config.train
     device = select_device(config.device, ranks.local_rank)
 
     with distributed(ranks, device, config.resilience.collective_timeout_seconds):
         parts = build_training(config, data, ranks, device)
 
+        sizes = train.batches()
+        law = build_batch_law(config, parts.optimizer, sizes)
+        samples = tokens = 0
         for step in range(1, train.total_steps + 1):
+            size = sizes.samples_at(tokens)
             # Any step's batch can be asked for: the data is a function of how many samples were used before.
-            batches = parts.loader.microbatches((step - 1) * parts.batch_samples)
-            factor = lr_factor(
-                config.schedule_shape,
-                step * train.global_batch_tokens,
-                warmup_tokens=schedule.warmup_steps * train.global_batch_tokens,
-                horizon_tokens=(schedule.horizon_steps or train.total_steps) * train.global_batch_tokens,
-                final_ratio=schedule.final_ratio,
-            )
+            batches = parts.loader.microbatches(samples, size)
+            samples, tokens = samples + size, tokens + size * train.sequence_length
+            law.follow(size * train.sequence_length)
+            rates = law.lr_factors(tokens, size * train.sequence_length)
             tensors = [(torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)) for batch in batches]
-            result = train_step(parts.engine, tensors, lr_factor=factor, device=device)
+            result = train_step(parts.engine, tensors, lr_factor=rates, device=device)
             # Each rank has the sum over its own tokens; waiting for it at every step is for show, not for speed.
             loss_sum = dist_all_gather_rows(result.loss_sum.double().reshape(1)).sum().item()
             if ranks.is_first:
@@ -56,14 +55,14 @@ def main() -> None:
         CheckpointManager(LocalStorage(run.folder.checkpoints), config.checkpoint.keep_last, run.run_id).save(
             parts.engine.state(),
             step=train.total_steps,
-            samples=train.total_steps * parts.batch_samples,
-            tokens=train.total_steps * train.global_batch_tokens,
+            samples=samples,
+            tokens=tokens,
             config=config.model_dump(mode="json"),
             data=data.identity,
             strategy=config.parallel.strategy,
         )
-        tokens, rows = config.monitor.evaluate_tokens, train.microbatch_size
-        windows = validation_batches(data.validation, train.sequence_length, tokens, ranks.rank, ranks.world, rows)
+        most, rows = config.monitor.evaluate_tokens, train.microbatch_size
+        windows = validation_batches(data.validation, train.sequence_length, most, ranks.rank, ranks.world, rows)
         with parts.engine.evaluation_weights():
             measured = evaluate(parts.model, windows, data.tokenizer and data.tokenizer.bytes_per_token, device)
         if ranks.is_first:

@@ -22,14 +22,14 @@ def config_command(
     if as_json:
         print(json.dumps(loaded.config.model_dump(mode="json"), indent=2))
         return
-    section = ""
-    for key, value in sorted(flat_items(loaded.config).items(), key=lambda item: "." in item[0]):
+    tables: dict[str, list[str]] = {"": []}
+    for key, value in flat_items(loaded.config).items():
         table, _, leaf = key.rpartition(".")
-        if table != section:
-            print(f"\n[{table}]")
-            section = table
         setting = f"# {leaf} is not set" if value is None else f"{leaf} = {_toml(value)}"
-        print(f"{setting:<44} # {loaded.origins.get(key, 'default')}")
+        # TOML wants a table's own settings together, before the tables in it.
+        tables.setdefault(table, []).append(f"{setting:<44} # {loaded.origins.get(key, 'default')}")
+    for table, lines in tables.items():
+        print("\n".join([f"\n[{table}]", *lines] if table else lines))
 
 
 def _toml(value: object) -> str:

@@ -12,6 +12,7 @@ from pydantic import Field, model_serializer
 
 from disttrain.config.base import Match, Name, NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
 from disttrain.config.clipping import Clip
+from disttrain.config.schedule import GroupSchedule
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
@@ -26,6 +27,8 @@ class Group(Section):
     """Regular expressions looked for anywhere in a parameter's name, or `role:NAME` of the model's plan."""
     clip: Clip | None = None
     """Default: `optim.clip`."""
+    schedule: GroupSchedule | None = None
+    """Where it differs from `[schedule]`."""
     algorithm: str
     lr: PositiveFloat
     """Peak rate; the schedule multiplies it."""
@@ -40,7 +43,7 @@ class Group(Section):
 
     def describe(self) -> str:
         """The hyperparameters in one line."""
-        skipped = ("name", "match", "clip", "algorithm", "lr")
+        skipped = ("name", "match", "clip", "schedule", "algorithm", "lr")
         values = {key: getattr(self, key) for key in type(self).model_fields if key not in skipped}
         said = [f"{key} {value}" for key, value in values.items() if value not in ((), {})]
         return f"lr {self.lr:g}, " + ", ".join(said)

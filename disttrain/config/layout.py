@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from disttrain.schedule import BatchSchedule
+
 
 @dataclass(frozen=True)
 class ParallelDims:
@@ -59,26 +61,26 @@ def _hsdp(dp_replicate: int | None, dp_shard: int | None, world: int) -> Paralle
     return ParallelDims(dp_replicate, dp_shard or max(1, world // dp_replicate))
 
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """How a global batch is cut: samples = batch_ranks x accumulation x microbatch."""
+def check_batches(batches: BatchSchedule, batch_ranks: int) -> None:
+    """ValueError with the arithmetic and the nearest sizes where a batch does not divide over `batch_ranks`."""
+    for stage in batches.stages:
+        if stage.samples % batch_ranks == 0:
+            continue
+        length = batches.sequence_length
+        tokens, at_once = stage.samples * length, length * batch_ranks
+        below = tokens // at_once * at_once
+        nearest = f"{below} or {below + at_once}" if below else str(at_once)
+        single = len(batches.stages) == 1
+        what = (
+            "train.global_batch_tokens" if single else f"train.batch_ramp: the batch from token {stage.from_tokens} on"
+        )
+        raise ValueError(
+            f"{what} = {tokens} is not a multiple of sequence_length {length} x {batch_ranks} processes = {at_once}; "
+            f"nearest: {nearest}"
+        )
 
-    samples: int
-    batch_ranks: int
-    accumulation: int
-    microbatch: int
 
-    @staticmethod
-    def resolve(global_batch_tokens: int, sequence_length: int, microbatch: int, batch_ranks: int) -> BatchPlan:
-        """Raise ValueError with the arithmetic and the nearest sizes that fit when the batch does not divide."""
-        at_once = sequence_length * microbatch * batch_ranks
-        accumulation, rest = divmod(global_batch_tokens, at_once)
-        if rest or not accumulation:
-            below, above = accumulation * at_once, (accumulation + 1) * at_once
-            nearest = f"{below} or {above}" if below else str(above)
-            raise ValueError(
-                f"train.global_batch_tokens = {global_batch_tokens} is not a multiple of sequence_length "
-                f"{sequence_length} x microbatch_size {microbatch} x {batch_ranks} processes = {at_once}; "
-                f"nearest: {nearest}, or change microbatch_size"
-            )
-        return BatchPlan(global_batch_tokens // sequence_length, batch_ranks, accumulation, microbatch)
+def microbatch_sizes(rank_samples: int, most: int) -> list[int]:
+    """The fewest microbatches of at most `most` samples, as equal as they can be."""
+    count = -(-rank_samples // most)
+    return [rank_samples // count + (index < rank_samples % count) for index in range(count)]

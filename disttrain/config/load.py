@@ -81,7 +81,7 @@ def layout_problems(config: RunConfig, world: int | None, broken: frozenset[str]
     if world is None or "parallel" in broken:
         return []
     try:
-        config.dims(world) if "train" in broken else config.batch_plan(world)
+        config.dims(world) if "train" in broken else config.check_batches(world)
     except ValueError as error:
         return [str(error)]
     return []

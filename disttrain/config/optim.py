@@ -1,4 +1,4 @@
-"""The optimizer and its learning-rate schedule."""
+"""The optimizer."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from disttrain.config.algorithms import ALGORITHMS, GroupConfig
-from disttrain.config.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from disttrain.config.base import NonNegativeFloat, PositiveFloat, Section
 from disttrain.config.clipping import AdaptiveClip, Clip, ClipNorm, NoClip, QKClipConfig, ZClip
 from disttrain.config.groups import Beta, Group, ScheduleFreeAdamW, StateDtype
 from disttrain.config.matrix_groups import ExchangeConfig, MatrixGroup
-from disttrain.schedule import Shape
 
 Preset = Literal[
     "sgd",
@@ -114,17 +113,6 @@ class OptimConfig(Section):
         if self.max_update_ratio and any(isinstance(group, ScheduleFreeAdamW) for group in groups):
             raise ValueError("max_update_ratio: schedule_free_adamw averages its points, not its steps; leave it out")
         return self
-
-
-class ScheduleConfig(Section):
-    """Linear warm-up, then `shape` down to `final_ratio` of the peak."""
-
-    shape: Shape | None = None
-    """Default: cosine; constant for schedule-free algorithms, whose averaging takes the place of a decay."""
-    warmup_steps: NonNegativeInt = 100
-    final_ratio: Fraction = 0.1
-    horizon_steps: PositiveInt | None = None
-    """Where the decay ends. Default: the end of the run. Set it when a run will be continued beyond its end."""
 
 
 def _preset_groups(preset: str) -> tuple[Group, ...]:

@@ -10,11 +10,12 @@ from pydantic import Field, model_validator
 
 from disttrain.config.base import Section
 from disttrain.config.data import DataConfig
-from disttrain.config.groups import ScheduleFreeAdamW
-from disttrain.config.layout import BatchPlan, ParallelDims
+from disttrain.config.groups import Group, ScheduleFreeAdamW
+from disttrain.config.layout import ParallelDims, check_batches
 from disttrain.config.model import ModelConfig
-from disttrain.config.optim import OptimConfig, ScheduleConfig
+from disttrain.config.optim import OptimConfig
 from disttrain.config.parallel import ParallelConfig
+from disttrain.config.schedule import ScheduleConfig, lr_schedule
 from disttrain.config.train import (
     CheckpointConfig,
     MonitorConfig,
@@ -22,7 +23,7 @@ from disttrain.config.train import (
     RunSection,
     TrainConfig,
 )
-from disttrain.schedule import Shape
+from disttrain.schedule import BatchSchedule, LrSchedule, Shape
 
 
 class RunConfig(Section):
@@ -39,20 +40,45 @@ class RunConfig(Section):
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
 
-    @property
-    def schedule_shape(self) -> Shape:
-        """The shape that was asked for, else the one that suits the algorithms."""
-        return self.schedule.shape or ("constant" if _schedule_free(self.optim) else "cosine")
-
     @model_validator(mode="after")
     def _check_schedule(self) -> RunConfig:
-        shape = self.schedule.shape
-        if shape not in (None, "constant") and (names := _schedule_free(self.optim)):
+        for group in self.optim.resolved_groups:
+            shape = (group.schedule and group.schedule.shape) or self.schedule.shape
+            if isinstance(group, ScheduleFreeAdamW) and shape not in (None, "constant"):
+                raise ValueError(
+                    f"schedule.shape = {shape!r}: group {group.name} averages in place of a decay; leave it out, "
+                    "or set it to 'constant'"
+                )
+        for group, law in zip(self.optim.resolved_groups, self.lr_schedules(self.train.batches()), strict=True):
+            if law.warmup_tokens > law.horizon_tokens:
+                raise ValueError(
+                    f"schedule.warmup_steps: group {group.name} warms up for {law.warmup_tokens:,} tokens, and the "
+                    f"run or its horizon ends at {law.horizon_tokens:,}; shorten it, or set schedule.horizon_steps"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_world_change(self) -> RunConfig:
+        if self.train.on_world_change == "scale_lr" and self.schedule.rule == "none":
             raise ValueError(
-                f"schedule.shape = {shape!r}: {', '.join(names)} averages in place of a decay; leave the shape out, or "
-                f"set it to 'constant'"
+                "train.on_world_change = 'scale_lr' needs schedule.base_batch_tokens, the batch that the rates were "
+                "tuned at, and a schedule.batch_lr_rule other than 'none'"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_noise_scale(self) -> RunConfig:
+        if self.train.batch_auto is not None and not self.monitor.noise_scale_every:
+            raise ValueError("train.batch_auto follows the noise scale: set monitor.noise_scale_every above 0")
+        return self
+
+    def lr_schedules(self, batches: BatchSchedule) -> list[LrSchedule]:
+        """One for each of the optimizer's groups, where the batch goes as `batches`."""
+        steps = batches.steps_of(self.train.steps, self.train.tokens)
+        return [
+            lr_schedule(group.schedule, self.schedule, _default_shape(group), batches, steps)
+            for group in self.optim.resolved_groups
+        ]
 
     @model_validator(mode="after")
     def _check_qk_clip(self) -> RunConfig:
@@ -82,17 +108,14 @@ class RunConfig(Section):
         """The mesh for `world` processes; ValueError if it does not multiply."""
         return ParallelDims.resolve(self.parallel.strategy, self.parallel.dp_replicate, self.parallel.dp_shard, world)
 
-    def batch_plan(self, world: int) -> BatchPlan:
-        """How a global batch is cut over `world` processes; ValueError if it does not divide."""
-        train = self.train
-        ranks = self.dims(world).batch
-        return BatchPlan.resolve(train.global_batch_tokens, train.sequence_length, train.microbatch_size, ranks)
+    def check_batches(self, world: int) -> None:
+        """ValueError where `world` processes do not multiply, or a global batch does not divide over them."""
+        check_batches(self.train.batches(), self.dims(world).batch)
 
     def with_vocab_size(self, vocab_size: int) -> RunConfig:
         """A copy whose model knows its vocabulary."""
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
 
 
-def _schedule_free(optim: OptimConfig) -> list[str]:
-    """The groups that need no decay of the rate."""
-    return [f"group {group.name}" for group in optim.resolved_groups if isinstance(group, ScheduleFreeAdamW)]
+def _default_shape(group: Group) -> Shape:
+    return "constant" if isinstance(group, ScheduleFreeAdamW) else "cosine"

@@ -9,6 +9,7 @@ from itertools import islice
 
 import numpy as np
 
+from disttrain.config.layout import microbatch_sizes
 from disttrain.data.permutation import derive_key, permute
 from disttrain.data.token_shards import ShardSet
 from disttrain.errors import UserError
@@ -85,27 +86,24 @@ class SampleOrder:
 class BatchLoader:
     """One rank's rows of every global batch; the batch is the same for any world and any accumulation."""
 
-    def __init__(
-        self, order: SampleOrder, global_batch_samples: int, microbatch_samples: int, rank: int, world: int
-    ) -> None:
-        """Raises `UserError` when the global batch does not divide into world * microbatch samples."""
-        if global_batch_samples <= 0 or global_batch_samples % (world * microbatch_samples):
-            step = world * microbatch_samples
-            nearest = max(step, round(global_batch_samples / step) * step)
-            raise UserError(
-                f"global batch of {global_batch_samples} samples: not a multiple of {world} ranks * "
-                f"{microbatch_samples} samples in a microbatch = {step}; {nearest} is the nearest that is"
-            )
-        self._order = order
-        self._rank_samples = global_batch_samples // world
-        self._offset = rank * self._rank_samples
-        self._microbatch_samples = microbatch_samples
+    def __init__(self, order: SampleOrder, microbatch_samples: int, rank: int, world: int) -> None:
+        self._order, self._most, self._rank, self._world = order, microbatch_samples, rank, world
 
-    def microbatches(self, position: int) -> list[Microbatch]:
-        """This rank's microbatches of the global batch that begins at sample `position` of the whole run."""
-        first = position + self._offset
-        rows = np.stack([self._order.window(first + i) for i in range(self._rank_samples)])
-        return [_microbatch(part) for part in rows.reshape(-1, self._microbatch_samples, rows.shape[1])]
+    def microbatches(self, position: int, samples: int) -> list[Microbatch]:
+        """This rank's microbatches of the global batch of `samples` that begins at `position` of the whole run.
+
+        Raises `UserError` when the batch does not divide over the ranks.
+        """
+        own, rest = divmod(samples, self._world)
+        if rest or not own:
+            nearest = max(self._world, round(samples / self._world) * self._world)
+            raise UserError(
+                f"global batch of {samples} samples: {self._world} ranks cannot share it; nearest: {nearest}"
+            )
+        first = position + self._rank * own
+        rows = np.stack([self._order.window(first + i) for i in range(own)])
+        sizes = microbatch_sizes(own, self._most)
+        return [_microbatch(part) for part in np.split(rows, np.cumsum(sizes)[:-1])]
 
 
 def validation_batches(

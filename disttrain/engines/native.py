@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from disttrain.checkpoint.state import training_state
 from disttrain.config.parallel import ParallelConfig
 from disttrain.engines.protocol import UpdateResult
 from disttrain.optim import GradientClipper, LossScale, OptimizerSet, Safeguards, set_learning_rate
-from disttrain.parallel import SyncRules, parameters_will_change, set_gradient_sync
+from disttrain.parallel import NoiseProbe, SyncRules, parameters_will_change, set_gradient_sync
 
 
 class NativeEngine:
@@ -30,24 +31,35 @@ class NativeEngine:
         parallel: ParallelConfig,
         device: torch.device,
         safeguards: Safeguards | None = None,
+        probe: NoiseProbe | None = None,
     ) -> None:
         self.module = module
         self.model = model
         self.optimizer = optimizer
+        self.probe = probe
         self.safeguards = safeguards or Safeguards(GradientClipper(optimizer.param_groups))
         self.rules = SyncRules.of(parallel)
+        self._parameters = list(module.parameters())
         self.loss_scale = LossScale(parallel.param_dtype == "fp16", device)
 
+    def begin_step(self, measure_noise: bool, tokens: Sequence[int]) -> list[int]:
+        return self.probe.begin(measure_noise, tokens) if self.probe else []
+
     def forward(self, tokens: Tensor, labels: Tensor, last: bool) -> Tensor:
-        set_gradient_sync(self.model, last, self.rules)
+        # One rank's microbatches are told apart by their reduced gradients.
+        each = self.probe is not None and self.probe.measuring and self.probe.alone
+        set_gradient_sync(self.model, last, replace(self.rules, reduce_each=True) if each else self.rules)
         return self.model(tokens, labels)
 
     def backward(self, loss: Tensor) -> None:
         (loss * self.loss_scale.scale).backward()
+        if self.probe is not None:
+            self.probe.after_backward(self._parameters)
 
-    def finish_step(self, lr_factor: float) -> UpdateResult:
+    def finish_step(self, lr_factor: float | Sequence[float]) -> UpdateResult:
         guards = self.safeguards
-        norms = guards.clipper.dist_clip(1.0 / self.loss_scale.scale)
+        chunks = self.probe.squares(self.loss_scale.scale) if self.probe and self.probe.measuring else None
+        norms = guards.clipper.dist_clip(1.0 / self.loss_scale.scale, chunks)
         skipped = (~torch.isfinite(norms.total)).float()
         set_learning_rate(self.optimizer, lr_factor)
         if guards.update_limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,14 +35,22 @@ class UpdateResult:
 class Engine(Protocol):
     """Owns the parallel model and the optimizer; the order of calls in a step is that of `train.step.train_step`."""
 
+    def begin_step(self, measure_noise: bool, tokens: Sequence[int]) -> list[int]:
+        """Before the first forward of microbatches with so many valid `tokens`; those of each gradient that is seen by
+        itself in a step whose noise is measured, none otherwise."""
+        ...
+
     def forward(self, tokens: Tensor, labels: Tensor, last: bool) -> Tensor:
         """The summed cross-entropy of one microbatch; `last` says that the step's last microbatch has come."""
         ...
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def finish_step(self, lr_factor: float) -> UpdateResult:
-        """Clip, update, and drop the gradients; with a gradient that is not finite nothing is updated."""
+    def finish_step(self, lr_factor: float | Sequence[float]) -> UpdateResult:
+        """Clip, update at `lr_factor` times the rates (one for all groups, or one each), and drop the gradients.
+
+        With a gradient that is not finite nothing is updated.
+        """
         ...
 
     def evaluation_weights(self) -> AbstractContextManager[None]:

@@ -43,10 +43,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig, plan: ShardingPlan, *
     return OptimizerSet([_build(groups, names, seed, config.exchange) for groups in kinds.values()], names)
 
 
-def set_learning_rate(optimizer: OptimizerSet, factor: float) -> None:
-    """Each group's rate is its initial one times `factor`: computed from the position, never carried over."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+def set_learning_rate(optimizer: OptimizerSet, factor: float | Sequence[float]) -> None:
+    """Each group's rate is its initial one times `factor` (its own, of a sequence): computed from the position, never
+    carried over."""
+    groups = optimizer.param_groups
+    factors = [factor] * len(groups) if isinstance(factor, float | int) else factor
+    for group, own in zip(groups, factors, strict=True):
+        group["lr"] = group["initial_lr"] * own
 
 
 def _check_matrices(assigned: Sequence[tuple[Group, Mapping[str, nn.Parameter]]], plan: ShardingPlan) -> None:

@@ -56,6 +56,8 @@ class GradientNorms:
     """[groups] how much was clipped: 0 or 1 by norm, of adaptive clipping the share of units, by value that of
     elements, of agc that of rows."""
     units: UnitClips | None = None
+    chunks: Tensor | None = None
+    """Sum over all ranks of the squared norms of their own gradients, where they were measured."""
 
 
 class GradientClipper:
@@ -98,13 +100,15 @@ class GradientClipper:
         ]
 
     @torch.no_grad()
-    def dist_clip(self, unscale: Tensor) -> GradientNorms:
+    def dist_clip(self, unscale: Tensor, squares: Tensor | None = None) -> GradientNorms:
         """Multiply all gradients by `unscale` (a scalar), then clip each group by its rule, in place.
+
+        A scalar `squares`, of gradients with the loss scale too, is summed over ranks on the way (`chunks`).
 
         One all-reduce over the world, whatever the groups ask for: each rank adds what it holds, divided by the number
         of ranks that hold the same, and empty shards add zero. Ranks must hold the same groups and reduced gradients.
         """
-        seen, unscale = self._dist_see(unscale)
+        seen, unscale, chunks = self._dist_see(unscale, squares)
         decisions = [rule.decide(one) for rule, one in zip(self.rules, seen, strict=True)]
         parts = [rule.part_squares(one.squares) for rule, one in zip(self.rules, seen, strict=True)]
         on_top = self._on_top(decisions, parts)
@@ -123,6 +127,7 @@ class GradientClipper:
             scales=torch.where(squares == 0, 1.0, (torch.stack(clipped) / squares).sqrt()),
             shares=torch.stack([decision.share for decision in decisions]),
             units=self._units(decisions),
+            chunks=chunks,
         )
 
     def state(self) -> dict[str, Tensor]:
@@ -178,8 +183,8 @@ class GradientClipper:
         self._unused.setdefault(clip, {rule.name for rule in clip.units}).difference_update(used)
         return AdaptiveRule(clip, units, until, device)
 
-    def _dist_see(self, unscale: Tensor) -> tuple[list[Seen], Tensor]:
-        """What all ranks hold of each group, and `unscale` where the gradients are."""
+    def _dist_see(self, unscale: Tensor, chunks: Tensor | None) -> tuple[list[Seen], Tensor, Tensor | None]:
+        """What all ranks hold of each group, `unscale` where the gradients are, and the sum of `chunks`."""
         # Offloaded gradients lie on the host, the scale with the model.
         unscale = unscale.to(self._held[0].device, torch.float64)
         for held in self._held:
@@ -190,8 +195,11 @@ class GradientClipper:
             [one.powers(2.0), *(one.entry(order) for order in wanted), *rule.entries(one, unscale)]
             for one, wanted, rule in zip(self._held, orders, self.rules, strict=True)
         ]
-        sums = torch.cat([entry for group in entries for entry in group])
+        own = [] if chunks is None else [chunks.to(unscale.device, torch.float64).reshape(1)]
+        sums = torch.cat([*(entry for group in entries for entry in group), *own])
         dist.all_reduce(sums)
+        if chunks is not None:
+            sums, chunks = sums[:-1], sums[-1] * unscale.square()
         pieces = iter(sums.split([len(entry) for group in entries for entry in group]))
         squares, norms, rest = [], [], []
         for wanted, group in zip(orders, entries, strict=True):
@@ -204,7 +212,7 @@ class GradientClipper:
             Seen(own, _Norms(norms, index), sums, finite)
             for index, (own, sums) in enumerate(zip(squares, rest, strict=True))
         ]
-        return seen, unscale
+        return seen, unscale, chunks
 
     def _on_top(self, decisions: list[Decision], parts: list[Tensor]) -> list[Tensor | float]:
         """For each group the factor by which the norm of all groups that have such a limit is brought down to it."""

@@ -132,14 +132,14 @@ def _method(config: QKClipConfig, device: torch.device, head_dim: int) -> str:
         return "flex" if head_dim >= FLEX_HEAD_DIM else "exact"
     if config.logits == "auto":
         return "bound"
-    if config.logits == "flex" and head_dim < FLEX_HEAD_DIM:
-        raise UserError(
-            f"optim.qk_clip.logits = 'flex' needs heads of {FLEX_HEAD_DIM} numbers, not {head_dim}; use 'exact'"
-        )
     needed = {"bound": "cpu", "flex": "cuda"}.get(config.logits, device.type)
     if needed != device.type:
         raise UserError(
             f"optim.qk_clip.logits = '{config.logits}' works on {needed}, and the run is on {device.type}; "
             "set it to 'auto' or 'exact'"
+        )
+    if config.logits == "flex" and head_dim < FLEX_HEAD_DIM:
+        raise UserError(
+            f"optim.qk_clip.logits = 'flex' needs heads of {FLEX_HEAD_DIM} numbers, not {head_dim}; use 'exact'"
         )
     return config.logits

@@ -9,25 +9,31 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from disttrain.parallel.noise_probe import NoiseProbe
+
 Hook = Callable[[dist.ProcessGroup, dist.GradBucket], torch.futures.Future[Tensor]]
 
 
-def apply_ddp(model: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype | None = None) -> DistributedDataParallel:
+def apply_ddp(
+    model: nn.Module, mesh: DeviceMesh, reduce_dtype: torch.dtype | None = None, probe: NoiseProbe | None = None
+) -> DistributedDataParallel:
     """Replicate `model` over the axis dp_replicate of `mesh`; gradients are summed, not averaged, in `reduce_dtype`.
 
     The ranks' parameters must already be equal (`init_parameters` draws the same everywhere), so nothing is broadcast.
     """
     group = mesh["dp_replicate"].get_group()
     replicated = DistributedDataParallel(model, process_group=group, init_sync=False, gradient_as_bucket_view=True)
-    replicated.register_comm_hook(group, summing_hook(reduce_dtype))
+    replicated.register_comm_hook(group, summing_hook(reduce_dtype, probe))
     return replicated
 
 
-def summing_hook(reduce_dtype: torch.dtype | None) -> Hook:
+def summing_hook(reduce_dtype: torch.dtype | None, probe: NoiseProbe | None = None) -> Hook:
     """The loss already carries one over the global token count: DDP's own average would divide twice."""
 
     def sum_bucket(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         gradients = bucket.buffer()
+        if probe is not None:
+            probe.add(gradients)
         travelling = gradients if reduce_dtype is None else gradients.to(reduce_dtype)
         work = dist.all_reduce(travelling, group=group, async_op=True)
         assert work is not None

@@ -13,6 +13,7 @@ from disttrain.parallel.activation_checkpointing import apply_activation_checkpo
 from disttrain.parallel.compile import apply_compile
 from disttrain.parallel.ddp import apply_ddp
 from disttrain.parallel.fsdp import apply_fsdp
+from disttrain.parallel.noise_probe import NoiseProbe, apply_noise_probe
 from disttrain.parallel.precision import DTYPES, CastParameters
 
 
@@ -22,11 +23,12 @@ def parallelize(
     config: ParallelConfig,
     plan: ShardingPlan,
     materialise: Callable[[nn.Module], None],
+    probe: NoiseProbe | None = None,
 ) -> nn.Module:
     """The module to train: `model` (on the meta device) with the techniques of `config`, over `mesh`.
 
     `materialise` gives the parameters storage and values once they are cut, so that no rank holds the whole model
-    where the strategy spares it that.
+    where the strategy spares it that. `probe` sees the gradients of each rank before they are summed.
     """
     blocks = list(plan.units(model))
     apply_activation_checkpointing(blocks, config.activation_checkpointing, config.activation_checkpointing_every or 2)
@@ -34,8 +36,10 @@ def parallelize(
         apply_compile(blocks)
     if config.shards:
         apply_fsdp(model, mesh, plan, config)
+        if probe is not None:
+            apply_noise_probe(model, probe)
     materialise(model)
     if config.shards:
         return model
     dtype = DTYPES[config.param_dtype]
-    return apply_ddp(CastParameters(model, dtype) if dtype else model, mesh, DTYPES[config.reduce_dtype])
+    return apply_ddp(CastParameters(model, dtype) if dtype else model, mesh, DTYPES[config.reduce_dtype], probe)

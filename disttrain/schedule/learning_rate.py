@@ -3,33 +3,52 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, get_args
 
-Shape = Literal["cosine", "linear", "wsd", "constant"]
+Shape = Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"]
 SHAPES: tuple[str, ...] = get_args(Shape)
+Cooldown = Literal["linear", "sqrt"]
 
-WSD_DECAY_SHARE = 0.2
+COOLDOWN_SHARE = 0.2
 """Share of the horizon that warm-up-stable-decay spends decaying (arXiv 2404.06395 uses 0.1 to 0.2)."""
 
 
-def lr_factor(shape: Shape, position_tokens: int, warmup_tokens: int, horizon_tokens: int, final_ratio: float) -> float:
-    """The factor in [0, 1] on the peak learning rate for the step that ends at `position_tokens`.
+@dataclass(frozen=True)
+class LrSchedule:
+    """Linear warm-up, then `shape` down to `final_ratio` of the peak at the horizon, and on from there.
 
-    The warm-up is linear from zero (not included) to one; the decay runs from its end to `horizon_tokens` and stays at
-    `final_ratio` afterwards. A horizon that is not beyond the warm-up means that there is no decay.
+    Lengths are in tokens. A horizon that is not beyond the warm-up means that there is no decay.
     """
-    if position_tokens < warmup_tokens:
-        return position_tokens / warmup_tokens
-    if shape == "constant" or horizon_tokens <= warmup_tokens:
-        return 1.0
-    progress = min(1.0, (position_tokens - warmup_tokens) / (horizon_tokens - warmup_tokens))
-    return final_ratio + (1.0 - final_ratio) * _remaining(shape, progress)
 
+    shape: Shape
+    warmup_tokens: int
+    horizon_tokens: int
+    final_ratio: float
+    cooldown_tokens: int | None = None
+    """Of wsd, whose decay ends at the horizon. Default: `COOLDOWN_SHARE` of what follows the warm-up."""
+    cooldown: Cooldown = "linear"
+    """Of wsd: in a straight line, or as 1 - sqrt(progress) (arXiv 2405.18392)."""
 
-def _remaining(shape: Shape, progress: float) -> float:
-    """How much of the way between peak and final value is left, for `progress` in [0, 1]."""
-    if shape == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-    if shape == "linear":
-        return 1.0 - progress
-    return min(1.0, (1.0 - progress) / WSD_DECAY_SHARE)
+    def factor(self, position_tokens: int) -> float:
+        """In [0, 1], on the peak rate, for the step that ends at `position_tokens`."""
+        if position_tokens < self.warmup_tokens:
+            return position_tokens / self.warmup_tokens
+        decay_tokens = self.horizon_tokens - self.warmup_tokens
+        if self.shape == "constant" or decay_tokens <= 0:
+            return 1.0
+        if self.shape == "inverse_sqrt":
+            # From the end of the warm-up on; without one, from the first step of which there is nothing to compare.
+            return max(self.final_ratio, math.sqrt(max(self.warmup_tokens, 1) / max(position_tokens, 1)))
+        progress = min(1.0, (position_tokens - self.warmup_tokens) / decay_tokens)
+        return self.final_ratio + (1.0 - self.final_ratio) * self._remaining(progress, decay_tokens)
+
+    def _remaining(self, progress: float, decay_tokens: int) -> float:
+        """How much of the way between peak and final value is left, for `progress` in [0, 1]."""
+        if self.shape == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        if self.shape == "linear":
+            return 1.0 - progress
+        share = COOLDOWN_SHARE if self.cooldown_tokens is None else min(1.0, self.cooldown_tokens / decay_tokens)
+        cooled = max(0.0, 1.0 - (1.0 - progress) / share) if share else float(progress >= 1.0)
+        return 1.0 - (math.sqrt(cooled) if self.cooldown == "sqrt" else cooled)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
@@ -169,7 +169,7 @@ class RecordingEngine(NativeEngine):
         self.gradients: list[dict[str, Tensor]] = []
         self.grad_norms: list[float] = []
 
-    def finish_step(self, lr_factor: float) -> UpdateResult:
+    def finish_step(self, lr_factor: float | Sequence[float]) -> UpdateResult:
         grads = {name: p.grad for name, p in self.module.named_parameters()}
         self.gradients.append(gather_whole({name: grad for name, grad in grads.items() if grad is not None}))
         update = super().finish_step(lr_factor)

@@ -17,7 +17,9 @@ from disttrain.distributed.mesh import build_mesh
 from disttrain.engines import Engine, NativeEngine
 from disttrain.models import GPT, GPT_PLAN, init_parameters
 from disttrain.optim import OptimizerSet, Safeguards, build_optimizer, build_safeguards
-from disttrain.parallel import parallelize
+from disttrain.optim.batch_law import BatchLaw, GroupLaw, group_rule
+from disttrain.parallel import NoiseProbe, SyncRules, parallelize
+from disttrain.schedule import BatchSchedule
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class Training:
     safeguards: Safeguards
     order: SampleOrder
     loader: BatchLoader
-    batch_samples: int
 
 
 def build_training(config: RunConfig, data: Data, ranks: Ranks, device: torch.device) -> Training:
     """Model, optimizer, engine and loader of this rank, on the process group that is there. Collective."""
-    plan = config.batch_plan(ranks.world)
     mesh = build_mesh(config.dims(ranks.world), device.type)
+    every = config.monitor.noise_scale_every
+    probe = NoiseProbe(SyncRules.of(config.parallel), ranks.world) if every else None
     gpt, model = build_model(
         config.model,
         max_length=config.train.sequence_length,
@@ -45,6 +47,7 @@ def build_training(config: RunConfig, data: Data, ranks: Ranks, device: torch.de
         parallel=config.parallel,
         seed=config.train.seed,
         device=device,
+        probe=probe,
     )
     optimizer = build_optimizer(gpt, config.optim, GPT_PLAN, seed=config.train.seed)
     safeguards = build_safeguards(gpt, optimizer, config.optim, GPT_PLAN, device=device, steps=config.train.total_steps)
@@ -56,10 +59,27 @@ def build_training(config: RunConfig, data: Data, ranks: Ranks, device: torch.de
         # The scale lies where the gradients are.
         device=torch.device("cpu") if config.parallel.cpu_offload else device,
         safeguards=safeguards,
+        probe=probe,
     )
     order = SampleOrder(data.train, config.train.sequence_length, config.train.seed)
-    loader = BatchLoader(order, plan.samples, plan.microbatch, ranks.rank, ranks.world)
-    return Training(gpt, model, engine, optimizer, safeguards, order, loader, plan.samples)
+    loader = BatchLoader(order, config.train.microbatch_size, ranks.rank, ranks.world)
+    return Training(gpt, model, engine, optimizer, safeguards, order, loader)
+
+
+def build_batch_law(config: RunConfig, optimizer: OptimizerSet, batches: BatchSchedule) -> BatchLaw:
+    """How each group's rate goes over the run, and what the batch makes of its settings."""
+    schedules = {
+        group.name: schedule
+        for group, schedule in zip(config.optim.resolved_groups, config.lr_schedules(batches), strict=True)
+    }
+    laws = [
+        GroupLaw(schedules[group["name"]], group_rule(group["config"], group["config"].schedule, config.schedule))
+        for group in optimizer.param_groups
+    ]
+    sizes = [stage.samples * batches.sequence_length for stage in batches.stages]
+    if config.train.batch_auto is not None:
+        sizes.append(config.train.global_batch_tokens)
+    return BatchLaw(optimizer, laws, config.schedule, sizes)
 
 
 def build_model(
@@ -71,6 +91,7 @@ def build_model(
     seed: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    probe: NoiseProbe | None = None,
 ) -> tuple[GPT, nn.Module]:
     """The GPT with its initial weights, cut over `mesh` as `parallel` says; and the module to call in its place."""
     gpt = build_gpt(config, max_length, torch.device("meta"), dtype)
@@ -81,7 +102,7 @@ def build_model(
         gpt.tie_weights()
         init_parameters(gpt, seed)
 
-    return gpt, parallelize(gpt, mesh, parallel, GPT_PLAN, materialise)
+    return gpt, parallelize(gpt, mesh, parallel, GPT_PLAN, materialise, probe)
 
 
 def build_gpt(config: ModelConfig, max_length: int, device: torch.device, dtype: torch.dtype = torch.float32) -> GPT:

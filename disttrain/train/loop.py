@@ -15,10 +15,11 @@ from disttrain.data.loader import validation_batches
 from disttrain.distributed.env import Ranks
 from disttrain.flops import training_flops_per_token
 from disttrain.monitor import MetricBuffer
+from disttrain.optim.noise_scale import NoiseScale
 from disttrain.parallel import device_notes, parameters_will_change
 from disttrain.resilience import StopRequest
-from disttrain.schedule import lr_factor
-from disttrain.train.build import build_training
+from disttrain.train.batches import RunBatches, begin_batches, resume_batches
+from disttrain.train.build import build_batch_law, build_training
 from disttrain.train.evaluate import evaluate
 from disttrain.train.finish import bigram_line, sample_text
 from disttrain.train.first_update import FirstUpdate
@@ -64,6 +65,7 @@ class TrainingLoop:
         self.parts = build_training(run.config, run.data, ranks, device)
         self.groups = GroupMetrics(self.parts.optimizer)
         self.safeguards = SafeguardMetrics(self.parts.optimizer, self.parts.safeguards)
+        self.noise = NoiseScale(torch.device("cpu") if run.config.parallel.cpu_offload else device)
         self.guard = NumericalGuard(self.parts.optimizer.parameter_names, run.config.parallel.param_dtype == "fp16")
         self.metrics = MetricBuffer({"loss_sum": "sum", "data_seconds": "max", "skipped_steps": "sum"}, device)
         section = run.config.checkpoint
@@ -74,26 +76,30 @@ class TrainingLoop:
             keep_every=section.keep_every,
             asynchronous=section.asynchronous,
         )
-        self.position, notes = self._begin(manager)
-        notes += device_notes(run.config.parallel, device) + room_note(manager, self.parts.engine.state())
-        self.output = RunOutput(run, ranks, self.position.step, notes)
+        self.position, self.batches, notes = self._begin(manager)
+        self.total_steps = self.batches.schedule.steps_of(run.config.train.steps, run.config.train.tokens)
+        # Rates go by the batches that were known at the start where the run finds its own.
+        known = run.config.train.batches() if run.config.train.batch_auto else self.batches.schedule
+        self.law = build_batch_law(run.config, self.parts.optimizer, known)
+        notes += device_notes(run.config.parallel, device) + room_note(manager, self._state())
+        self.output = RunOutput(run, ranks, self.position.step, self.total_steps, notes)
         self.output.announce(self.parts.optimizer, self.parts.safeguards)
         self.first_update = FirstUpdate(self.parts.optimizer, self.output)
         self.checkpoints = RunCheckpoints(manager, section, self.output)
         self.first_step = self.logged_step = self.position.step
+        self.logged_tokens = self.position.tokens
         self.logged_at = time.perf_counter()
 
     def run(self, stop: StopRequest) -> State:
-        config, total = self.config, self.config.train.total_steps
-        while self.position.step < total:
+        while self.position.step < self.total_steps:
             stopping = self._step(stop.wanted)
-            step = self.position.step
+            step, last = self.position.step, self.position.step >= self.total_steps
             # Before the checkpoint: a run that is cut short in the evaluation does it again when it resumes.
-            if step % config.monitor.evaluate_every == 0 or step == total:
+            if step % self.config.monitor.evaluate_every == 0 or last:
                 self._evaluate()
-            if self.checkpoints.due(step) or step == total or stopping:
-                self._save(last=step == total or stopping)
-            if stopping and step < total:
+            if self.checkpoints.due(step) or last or stopping:
+                self._save(last=last or stopping)
+            if stopping and not last:
                 return "preempted"
         self._finish()
         return "completed"
@@ -101,18 +107,22 @@ class TrainingLoop:
     def _step(self, stop_wanted: bool) -> bool:
         """One optimizer step; whether the ranks have agreed to stop after it."""
         began = time.perf_counter()
-        batches = self.parts.loader.microbatches(self.position.samples)
+        samples = self.batches.schedule.samples_at(self.position.tokens)
+        batches = self.parts.loader.microbatches(self.position.samples, samples)
         self.metrics.add("data_seconds", time.perf_counter() - began)
-        reached = self.position.after(self.parts.batch_samples, self.config.train.sequence_length)
-        factor = self._lr_factor(reached)
+        length, every = self.config.train.sequence_length, self.config.monitor.noise_scale_every
+        reached = self.position.after(samples, length)
+        for line in self.law.follow(samples * length):
+            self.output.say(line)
         self.first_update.before()
         result = train_step(
             self.parts.engine,
             [(torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)) for batch in batches],
-            lr_factor=factor,
+            lr_factor=self.law.lr_factors(reached.tokens, samples * length),
             device=self.device,
             stop_wanted=stop_wanted,
             saving=self.checkpoints.busy,
+            measure_noise=bool(every) and reached.step % every == 0,
         )
         self.position, step = reached, reached.step
         self.guard.look(step, result.update)
@@ -120,21 +130,28 @@ class TrainingLoop:
         self.metrics.add("skipped_steps", result.update.skipped)
         self.groups.add(result.update.norms)
         self.safeguards.add(result.update)
-        if step % self.config.monitor.log_every == 0 or step in (self.first_step + 1, self.config.train.total_steps):
+        if (chunks := result.update.norms.chunks) is not None:
+            total = result.update.norms.total.square()
+            self.noise.add(total, chunks, result.valid_tokens, result.chunk_squares)
+        if step % self.config.monitor.log_every == 0 or step in (self.first_step + 1, self.total_steps):
             self.metrics.add("loss_sum", result.loss_sum)
             self._log(result)
+        self._follow_noise()
         self.checkpoints.look(step, result.saving)
         return result.stop
 
-    def _lr_factor(self, reached: Position) -> float:
-        schedule, batch_tokens = self.config.schedule, self.config.train.global_batch_tokens
-        return lr_factor(
-            self.config.schedule_shape,
-            reached.tokens,
-            warmup_tokens=schedule.warmup_steps * batch_tokens,
-            horizon_tokens=(schedule.horizon_steps or self.config.train.total_steps) * batch_tokens,
-            final_ratio=schedule.final_ratio,
-        )
+    def _follow_noise(self) -> None:
+        """Double the batch where `train.batch_auto` says so; all ranks have the same averages."""
+        train, auto = self.config.train, self.config.train.batch_auto
+        if auto is None or self.position.step % auto.every_steps:
+            return
+        batch = self.batches.schedule.samples_at(self.position.tokens) * train.sequence_length
+        scale = self.noise.tokens()
+        if scale is None or scale < auto.ratio * batch or batch >= train.global_batch_tokens:
+            return
+        self.batches = self.batches.doubled(self.position.tokens)
+        self.total_steps = self.batches.schedule.steps_of(train.steps, train.tokens)
+        self.output.say(f"noise scale of {scale:,.0f} tokens: the batch goes from {batch:,} to {2 * batch:,} tokens")
 
     def _log(self, result: StepResult) -> None:
         """The loss of this very step, so that a trace does not depend on where a run was resumed."""
@@ -142,10 +159,10 @@ class TrainingLoop:
         reduced = self.metrics.reduce()
         now, steps = time.perf_counter(), self.position.step - self.logged_step
         step_seconds = (now - self.logged_at) / steps
-        tokens_per_second = self.config.train.global_batch_tokens / step_seconds
-        model = self.config.model
+        tokens_per_second = (self.position.tokens - self.logged_tokens) / (now - self.logged_at)
+        model, train = self.config.model, self.config.train
         flops = training_flops_per_token(
-            self.parts.gpt.matmul_parameters, model.n_layers, model.d_model, self.config.train.sequence_length
+            self.parts.gpt.matmul_parameters, model.n_layers, model.d_model, train.sequence_length
         )
         record = {
             "step": self.position.step,
@@ -153,21 +170,23 @@ class TrainingLoop:
             "loss": reduced["loss_sum"] / max(result.valid_tokens, 1),
             "grad_norm": result.update.grad_norm.item(),
             "valid_tokens": result.valid_tokens,
+            "global_batch_tokens": self.batches.schedule.samples_before(self.position.tokens) * train.sequence_length,
             "tokens_per_second": tokens_per_second,
             "model_flops_per_second": tokens_per_second * flops,
             "step_seconds": step_seconds,
             "data_seconds": reduced["data_seconds"],
-            "seconds_left": step_seconds * (self.config.train.total_steps - self.position.step),
+            "seconds_left": step_seconds * (self.total_steps - self.position.step),
             **self.groups.record(result.update.norms),
         }
         for warning in self.safeguards.warnings():
             self.output.warn(f"step {self.position.step}: {warning}")
         record |= self.safeguards.record(result.update)
+        record |= self.noise.record(train.sequence_length * self.ranks.world)
         if self.config.parallel.param_dtype == "fp16":
             record["loss_scale"] = result.update.loss_scale.item()
             record["skipped_steps"] = reduced["skipped_steps"] / self.ranks.world
         self.output.log(record)
-        self.logged_step, self.logged_at = self.position.step, now
+        self.logged_step, self.logged_tokens, self.logged_at = self.position.step, self.position.tokens, now
 
     def _evaluate(self) -> None:
         train = self.config.train
@@ -185,16 +204,20 @@ class TrainingLoop:
         self.output.log_validation(self.position.step, self.position.tokens, result.loss, result.bits_per_byte)
         self.logged_at += time.perf_counter() - began
 
-    def _begin(self, manager: CheckpointManager) -> tuple[Position, list[str]]:
+    def _begin(self, manager: CheckpointManager) -> tuple[Position, RunBatches, list[str]]:
         """Load the newest checkpoint that verifies; the position it stands for, and what to tell about it."""
         found = manager.latest()
         if found is None:
-            return Position(), self._initial_weights()
-        notes = [*found.rejected, *manager.load(self.parts.engine.state(), found)]
+            return Position(), begin_batches(self.config, self.ranks.world), self._initial_weights()
+        notes = [*found.rejected, *manager.load(self._state(), found)]
         self.parts.engine.loaded()
         manifest = found.manifest
         notes.append(f"resumed from {found.place} (step {manifest.step})")
-        return Position(manifest.step, manifest.samples, manifest.tokens), notes
+        batches, changes = resume_batches(self.config, self.ranks.world, manifest.tokens, manifest.extra)
+        return Position(manifest.step, manifest.samples, manifest.tokens), batches, notes + changes
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return {**self.parts.engine.state(), **self.noise.state()}
 
     def _initial_weights(self) -> list[str]:
         """The weights that `train.init_from` names, in place of drawn ones."""
@@ -211,7 +234,7 @@ class TrainingLoop:
         self.guard.settle()
         began = time.perf_counter()
         self.checkpoints.save(
-            self.parts.engine.state(),
+            self._state(),
             last=last,
             step=self.position.step,
             samples=self.position.samples,
@@ -219,6 +242,7 @@ class TrainingLoop:
             config=self.config.model_dump(mode="json"),
             data=self.data.identity,
             strategy=self.config.parallel.strategy,
+            extra=self.batches.record(),
         )
         self.logged_at += time.perf_counter() - began
 

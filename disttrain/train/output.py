@@ -12,9 +12,9 @@ from disttrain.train.preflight import PreparedRun
 
 
 class RunOutput:
-    """The run folder's files and the console of a run that starts or resumes at `step`."""
+    """The run folder's files and the console of a run of `total_steps` that starts or resumes at `step`."""
 
-    def __init__(self, run: PreparedRun, ranks: Ranks, step: int, notes: list[str]) -> None:
+    def __init__(self, run: PreparedRun, ranks: Ranks, step: int, total_steps: int, notes: list[str]) -> None:
         self.folder = run.folder
         self.console: ConsoleSink | None = None
         if not ranks.is_first:
@@ -25,7 +25,7 @@ class RunOutput:
             if run.data.tokenizer is not None:
                 run.data.tokenizer.save(self.folder.tokenizer)
             self.jsonl = JsonlSink(self.folder.metrics, resumed_step=step)
-        self.console = ConsoleSink(run.config.train.total_steps, step)
+        self.console = ConsoleSink(total_steps, step)
         for note in notes:
             self.console.say(note)
 

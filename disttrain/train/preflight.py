@@ -17,8 +17,8 @@ from disttrain.data.source import Data, check_length, check_token_ids, open_data
 from disttrain.errors import UserError
 from disttrain.train.folder import RunFolder
 
-_FIXED = ("model.", "train.sequence_length", "train.global_batch_tokens", "train.seed")
-"""What a checkpoint's weights, data position and schedule depend on: another value is another run."""
+_FIXED = ("model.", "train.sequence_length", "train.seed")
+"""What a checkpoint's weights and data position depend on: another value is another run."""
 _IDENTITY = ("fingerprint", "tokenizer_sha256")
 """What makes data the same; names and versions are only told."""
 _DRAWN = ("model.init", "model.init_std")
@@ -39,12 +39,15 @@ class PreparedRun:
 
 def is_complete(config: RunConfig) -> bool:
     """The run folder says that this run has done all its steps."""
-    status = RunFolder(config.run_dir).read_status()
-    return (
-        config.run.resume != "never"
-        and status.get("state") == "completed"
-        and status.get("step", 0) >= config.train.total_steps
-    )
+    folder = RunFolder(config.run_dir)
+    status = folder.read_status()
+    if config.run.resume == "never" or status.get("state") != "completed":
+        return False
+    if config.train.tokens is None:
+        return status.get("step", 0) >= config.train.total_steps
+    # How many steps they take depends on the batches that the run has had.
+    manifest = _newest_readable(committed_steps(folder.checkpoints))
+    return manifest is not None and manifest.tokens >= config.train.tokens
 
 
 def prepare_run(config: RunConfig) -> PreparedRun:
@@ -78,14 +81,10 @@ def open_config_data(config: RunConfig) -> Data:
 
 
 def _schedule_notes(config: RunConfig) -> list[str]:
-    total, schedule = config.train.total_steps, config.schedule
-    horizon = schedule.horizon_steps or total
-    if schedule.warmup_steps < min(total, horizon):
+    flat = [law for law in config.lr_schedules(config.train.batches()) if law.warmup_tokens == law.horizon_tokens]
+    if not flat:
         return []
-    return [
-        f"schedule.warmup_steps = {schedule.warmup_steps} reaches to the end of the run ({total} steps) or of the "
-        f"schedule ({horizon}): the learning rate only rises"
-    ]
+    return [f"the warm-up of {flat[0].warmup_tokens:,} tokens reaches to the end of the run: the rate only rises"]
 
 
 def _vocabulary(config: RunConfig, data: Data) -> int:

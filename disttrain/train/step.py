@@ -22,6 +22,8 @@ class StepResult:
     update: UpdateResult
     valid_tokens: int
     """Predicted tokens of the whole global batch."""
+    chunk_squares: int
+    """Sum of the squared numbers of tokens behind each gradient in `update.norms.chunks`."""
     stop: bool
     """Some rank was asked to stop; all ranks know it after the same step."""
     saving: bool
@@ -32,18 +34,22 @@ def train_step(
     engine: Engine,
     microbatches: Sequence[tuple[Tensor, Tensor]],
     *,
-    lr_factor: float,
+    lr_factor: float | Sequence[float],
     device: torch.device,
     stop_wanted: bool = False,
     saving: bool = False,
+    measure_noise: bool = False,
 ) -> StepResult:
     """One optimizer step on this rank's `microbatches` of (tokens, labels) [rows, length], CPU tensors.
 
     The loss is the sum over all tokens of the global batch over their number, whatever the ranks' shares are.
     A batch without any valid token has zero gradients.
     """
-    local_tokens = sum(int((labels != IGNORE_LABEL).sum()) for _, labels in microbatches)
-    valid_tokens, stops, savers = dist_sum_integers(local_tokens, int(stop_wanted), int(saving))
+    tokens_of_each = [int((labels != IGNORE_LABEL).sum()) for _, labels in microbatches]
+    chunks = engine.begin_step(measure_noise, tokens_of_each)
+    valid_tokens, stops, savers, chunk_squares = dist_sum_integers(
+        sum(tokens_of_each), int(stop_wanted), int(saving), sum(chunk**2 for chunk in chunks)
+    )
 
     loss_sum = torch.zeros((), device=device)
     for index, (tokens, labels) in enumerate(microbatches):
@@ -53,4 +59,4 @@ def train_step(
         loss_sum = loss_sum + loss.detach()
 
     update = engine.finish_step(lr_factor)
-    return StepResult(loss_sum, update, valid_tokens, stop=stops > 0, saving=savers > 0)
+    return StepResult(loss_sum, update, valid_tokens, chunk_squares, stop=stops > 0, saving=savers > 0)

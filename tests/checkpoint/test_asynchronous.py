@@ -168,8 +168,8 @@ def test_services_come_and_go(tmp_path):
     info = manager.latest()
     assert info.manifest.extra == {"wandb": {"id": "abc"}}
     loaded = small_state(0) | {"service.clip.history": torch.zeros(2), "service.noise.scale": torch.full((), 7.0)}
-    assert manager.load(loaded, info) == [f"service.noise.scale is not in {info.place}: it starts anew"]
+    assert manager.load(loaded, info) == [f"service.noise.scale not in {info.place}: starts anew"]
     toys.assert_same(loaded, small_state(1) | held | {"service.noise.scale": torch.full((), 7.0)})
-    assert manager.load(small_state(0), info) == [f"service.clip.history of {info.place} is no longer kept"]
+    assert manager.load(small_state(0), info) == [f"service.clip.history of {info.place}: no longer kept"]
     with pytest.raises(UserError, match=r"service\.clip\.history: float32"):
         manager.load(small_state(0) | {"service.clip.history": torch.zeros(3)}, info)

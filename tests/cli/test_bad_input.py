@@ -22,7 +22,29 @@ CASES = {
     "heads": (["model.n_heads=3"], ["d_model = 16", "n_heads = 3", "nearest: d_model = 15"]),
     "two lengths": (["train.tokens=512"], ["train", "steps and tokens"]),
     "mesh": (["--nproc", "4", "parallel.dp_shard=3"], ["dp_shard 3", "= 3 processes", "there are 4", "--nproc 3"]),
-    "batch": (["--nproc", "3"], ["= 256", "32 x microbatch_size 2 x 3 processes = 192", "nearest: 192 or 384"]),
+    "batch": (["--nproc", "3"], ["= 256", "sequence_length 32 x 3 processes = 96", "nearest: 192 or 288"]),
+    "half a sample": (["train.global_batch_tokens=250"], ["= 250", "sequence_length = 32", "nearest: 224 or 256"]),
+    "a ramp that goes down": (
+        ["train.batch_ramp.start_tokens=512", "train.batch_ramp.over_tokens=4096"],
+        ["train", "16 samples is not below the last of 8"],
+    ),
+    "a ramp that goes backwards": (
+        ["train.batch_ramp.start_tokens=64", "train.batch_ramp.double_at_tokens=[900, 800]"],
+        ["double_at_tokens = [900, 800] goes backwards"],
+    ),
+    "a ramp of two kinds": (["train.batch_ramp.start_tokens=64"], ["one of over_tokens", "double_at_tokens"]),
+    "a ramp that the ranks cannot share": (
+        ["--nproc", "2", "train.batch_ramp.start_tokens=32", "train.batch_ramp.over_tokens=4096"],
+        ["train.batch_ramp: the batch from token 0 on = 32", "32 x 2 processes = 64", "nearest: 64"],
+    ),
+    "auto without tokens": (["train.batch_auto.start_tokens=64"], ["batch_auto: set tokens in place of steps"]),
+    "a long warm-up": (["schedule.warmup_steps=41"], ["schedule.warmup_steps", "10,496 tokens", "ends at 10,240"]),
+    "two units": (["schedule.warmup_tokens=5"], ["one of warmup_steps and warmup_tokens"]),
+    "a rule without a base": (["schedule.batch_lr_rule=sqrt"], ["batch_lr_rule = 'sqrt' needs base_batch_tokens"]),
+    "scale_lr without a base": (
+        ["train.on_world_change=scale_lr"],
+        ["train.on_world_change = 'scale_lr' needs schedule.base_batch_tokens"],
+    ),
     "no process": (["--nproc", "0"], ["--nproc", "train.nproc", "greater than 0", "got 0"]),
     "no override": (["steps"], ["'steps'", "key.path=value"]),
     "through a value": (["device.name=cpu"], ["device is a value", "device.name"]),
@@ -140,6 +162,6 @@ def test_every_rank_of_a_launcher(rank: int, config: Path, no_torch: dict[str, s
     command = (sys.executable, "-m", "disttrain", "train", config, f"run.dir={tmp_path / 'run'}")
     ended: Ended = run(*command, env=no_torch | variables)
     [line] = refused(ended)
-    assert "3 processes = 192" in line
+    assert "3 processes = 96" in line
     assert line.startswith(f"error: {'rank 1: ' if rank else ''}")
     assert not (tmp_path / "run").exists()

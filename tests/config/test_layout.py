@@ -1,10 +1,13 @@
 """The mesh and batch arithmetic, and the products in its refusals."""
 
 import dataclasses
+import re
 
 import pytest
 
-from disttrain.config import BatchPlan, ModelConfig, ParallelDims
+from disttrain.config import ModelConfig, ParallelDims
+from disttrain.config.layout import check_batches, microbatch_sizes
+from disttrain.schedule import constant_batch, linear_ramp
 
 
 @pytest.mark.parametrize("world", [1, 2, 7, 8])
@@ -33,25 +36,30 @@ def test_meshes_that_do_not_multiply(
     assert [part for part in said if part not in str(refused.value)] == []
 
 
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_the_same_samples_on_every_world(world: int) -> None:
-    plan = BatchPlan.resolve(global_batch_tokens=4096, sequence_length=64, microbatch=4, batch_ranks=world)
-    assert plan == BatchPlan(samples=64, batch_ranks=world, accumulation=16 // world, microbatch=4)
-    assert plan.samples == plan.batch_ranks * plan.accumulation * plan.microbatch
+@pytest.mark.parametrize(
+    ("samples", "ranks", "said"),
+    [
+        (64, 3, "train.global_batch_tokens = 4096 is not a multiple of sequence_length 64 x 3 processes = 192"),
+        (64, 3, "nearest: 4032 or 4224"),
+        (1, 2, "nearest: 128"),
+    ],
+)
+def test_batches_that_do_not_divide(samples: int, ranks: int, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        check_batches(constant_batch(samples, 64), ranks)
+
+
+def test_every_batch_of_a_ramp_must_divide() -> None:
+    check_batches(linear_ramp(4, 16, 1_000, 4, 64), 4)
+    with pytest.raises(ValueError, match=r"the batch from token 333 on = 384 .* nearest: 256 or 512"):
+        check_batches(linear_ramp(4, 10, 1_000, 2, 64), 4)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "ranks", "said"),
-    [
-        (4096, 3, "64 x microbatch_size 4 x 3 processes = 768; nearest: 3840 or 4608"),
-        (100, 1, "64 x microbatch_size 4 x 1 processes = 256; nearest: 256, or"),
-        (4095, 1, "nearest: 3840 or 4096"),
-    ],
+    ("samples", "most", "sizes"), [(8, 4, [4, 4]), (7, 4, [4, 3]), (3, 4, [3]), (9, 2, [2, 2, 2, 2, 1])]
 )
-def test_batches_that_do_not_divide(tokens: int, ranks: int, said: str) -> None:
-    with pytest.raises(ValueError, match=r"train\.global_batch_tokens = ") as refused:
-        BatchPlan.resolve(tokens, sequence_length=64, microbatch=4, batch_ranks=ranks)
-    assert said in str(refused.value)
+def test_microbatches(samples: int, most: int, sizes: list[int]) -> None:
+    assert microbatch_sizes(samples, most) == sizes
 
 
 def test_plans_are_frozen() -> None:

@@ -47,8 +47,8 @@ def test_a_sample_depends_on_seed_and_position_alone(counted: ArrayShards) -> No
 
 
 def global_batch(shards: ArrayShards, world: int, microbatch: int, position: int) -> np.ndarray:
-    loaders = [BatchLoader(SampleOrder(shards, LENGTH, 0), 16, microbatch, rank, world) for rank in range(world)]
-    parts = [part for loader in loaders for part in loader.microbatches(position)]
+    loaders = [BatchLoader(SampleOrder(shards, LENGTH, 0), microbatch, rank, world) for rank in range(world)]
+    parts = [part for loader in loaders for part in loader.microbatches(position, 16)]
     assert len(parts) == 16 // microbatch
     assert all(part.tokens.shape == part.labels.shape == (microbatch, LENGTH) for part in parts)
     assert all(np.array_equal(part.tokens[:, 1:], part.labels[:, :-1]) for part in parts)
@@ -63,21 +63,26 @@ def test_the_global_batch_is_the_same_for_every_layout(counted: ArrayShards, pos
             assert np.array_equal(global_batch(counted, world, microbatch, position), expected)
 
 
+def test_microbatches_are_as_equal_as_they_can_be(counted: ArrayShards) -> None:
+    loader = BatchLoader(SampleOrder(counted, LENGTH, 0), 4, rank=0, world=2)
+    assert [len(part.tokens) for part in loader.microbatches(0, 14)] == [4, 3]
+    assert [len(part.tokens) for part in loader.microbatches(0, 18)] == [3, 3, 3]
+    assert [len(part.tokens) for part in loader.microbatches(0, 2)] == [1]
+
+
 def test_an_uneven_global_batch_is_refused_with_the_arithmetic(counted: ArrayShards) -> None:
-    order = SampleOrder(counted, LENGTH, 0)
-    with pytest.raises(
-        UserError, match=r"30 samples: not a multiple of 4 ranks \* 2 .* = 8; 32 is the nearest that is"
-    ):
-        BatchLoader(order, 30, 2, rank=0, world=4)
+    loader = BatchLoader(SampleOrder(counted, LENGTH, 0), 2, rank=0, world=4)
+    with pytest.raises(UserError, match="30 samples: 4 ranks cannot share it; nearest: 32"):
+        loader.microbatches(0, 30)
 
 
 def test_only_reached_shards_are_encoded(corpus: Corpus, plain_bytes: Tokenizer, tmp_path: Path) -> None:
     shards = EncodedShards(corpus.train, plain_bytes, tmp_path, "train")
-    loader = BatchLoader(SampleOrder(shards, 64, 0), 8, 4, rank=0, world=2)
+    loader = BatchLoader(SampleOrder(shards, 64, 0), 4, rank=0, world=2)
     assert not list(tmp_path.iterdir())
-    loader.microbatches(0)
+    loader.microbatches(0, 8)
     assert len(list(tmp_path.glob("*.bin"))) == 1
-    loader.microbatches(20_000)
+    loader.microbatches(20_000, 8)
     assert len(list(tmp_path.glob("*.bin"))) == 2
 
 

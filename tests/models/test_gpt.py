@@ -110,7 +110,13 @@ def test_the_plan_names_what_is_there(bias: bool) -> None:
     assert residual == [f"blocks.{layer}.{part}.weight" for layer in (0, 1) for part in ("attention.wo", "mlp.down")]
     roles = {name: {role for role, pattern in GPT_PLAN.roles.items() if re.search(pattern, name)} for name in names}
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert {name for name in names if roles[name] == {"matrices"}} == linear - {"head.weight"}
+    parts = {"attention_qk", "attention_vo", "mlp"}
+    matrices = {name: roles[name] - {"matrices"} for name in names if "matrices" in roles[name]}
+    assert matrices.keys() == linear - {"head.weight"}
+    assert all(len(part & parts) == len(part) == 1 for part in matrices.values())
+    assert matrices["blocks.1.attention.wk.weight"] == {"attention_qk"}
+    assert matrices["blocks.1.attention.wo.weight"] == {"attention_vo"}
+    assert matrices["blocks.1.mlp.gate.weight"] == {"mlp"}
     assert {name for name in names if roles[name] == {"head"}} == {"head.weight"}
     assert {name for name in names if roles[name] == {"embeddings"}} == {"wte.weight", "wpe.weight"}
     vectors = [roles[name] for name, parameter in model.named_parameters() if parameter.dim() == 1]

@@ -186,10 +186,10 @@ def _forget_biases(engine: NativeEngine) -> None:
 def _forget_history(engine: NativeEngine) -> None:
     clip = engine.safeguards.clipper.dist_clip
 
-    def forgetful(unscale: Tensor) -> Any:
+    def forgetful(*arguments: Any) -> Any:
         for state in engine.safeguards.clipper.state().values():
             state[0] += 1e-9
-        return clip(unscale)
+        return clip(*arguments)
 
     engine.safeguards.clipper.dist_clip = forgetful  # type: ignore[method-assign]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Keeping(NativeEngine):
 
     keeps = True
 
-    def finish_step(self, lr_factor: float) -> UpdateResult:
+    def finish_step(self, lr_factor: float | Sequence[float]) -> UpdateResult:
         if self.keeps:
             self.kept = whole_gradients(self.module)
         return super().finish_step(lr_factor)

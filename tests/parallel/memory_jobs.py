@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def mixed_precision_errors(rank: int, world: int, settings: dict[str, Any]) -> f
 class _Overflowing(RecordingEngine):
     """Puts an infinity into one gradient of rank 1, after the reduction, in the second step."""
 
-    def finish_step(self, lr_factor: float) -> UpdateResult:
+    def finish_step(self, lr_factor: float | Sequence[float]) -> UpdateResult:
         if dist.get_rank() == 1 and len(self.grad_norms) == 1:
             gradient = self.module.blocks[0].mlp.up.weight.grad  # type: ignore[union-attr, index]
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -5,13 +5,13 @@ from itertools import pairwise
 
 import pytest
 
-from disttrain.schedule import SHAPES, Shape, lr_factor
+from disttrain.schedule import SHAPES, LrSchedule, Shape
 
 WARMUP, HORIZON = 1_000, 11_000
 
 
 def factor(shape: Shape, position: int, final_ratio: float = 0.1) -> float:
-    return lr_factor(shape, position, WARMUP, HORIZON, final_ratio)
+    return LrSchedule(shape, WARMUP, HORIZON, final_ratio).factor(position)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -53,14 +53,16 @@ def test_constant_never_decays() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("horizon", [400, 1_000])
 def test_a_horizon_inside_the_warm_up_means_no_decay(shape: Shape, horizon: int) -> None:
-    seen = [lr_factor(shape, position, WARMUP, horizon, 0.1) for position in (200, 400, 800, 1_000, 5_000)]
+    schedule = LrSchedule(shape, WARMUP, horizon, 0.1)
+    seen = [schedule.factor(position) for position in (200, 400, 800, 1_000, 5_000)]
     assert seen == [0.2, 0.4, 0.8, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_warm_up_starts_at_the_peak(shape: Shape) -> None:
-    assert lr_factor(shape, 0, 0, HORIZON, 0.1) == 1.0
-    assert lr_factor(shape, 1, 0, HORIZON, 0.1) == pytest.approx(1.0, abs=1e-3)
+    schedule = LrSchedule(shape, 0, HORIZON, 0.1)
+    assert schedule.factor(0) == 1.0
+    assert schedule.factor(1) == pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -78,3 +80,30 @@ def test_another_batch_does_not_bend_the_law(shape: Shape) -> None:
     small = {step * 100: factor(shape, step * 100) for step in range(1, 121)}
     large = {step * 400: factor(shape, step * 400) for step in range(1, 31)}
     assert large.items() <= small.items()
+
+
+def test_inverse_sqrt_falls_from_the_end_of_the_warm_up_to_its_floor() -> None:
+    assert factor("inverse_sqrt", 4 * WARMUP) == pytest.approx(0.5)
+    assert factor("inverse_sqrt", 9 * WARMUP) == pytest.approx(1 / 3)
+    assert factor("inverse_sqrt", 10**6) == 0.1
+
+
+def test_a_cooldown_of_a_given_length_and_form() -> None:
+    for cooldown, half in (("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5))):
+        schedule = LrSchedule("wsd", WARMUP, HORIZON, 0.0, cooldown_tokens=4_000, cooldown=cooldown)  # type: ignore[arg-type]
+        assert [schedule.factor(t) for t in (WARMUP, HORIZON - 4_000)] == pytest.approx([1.0, 1.0])
+        assert schedule.factor(HORIZON - 2_000) == pytest.approx(half)
+        assert schedule.factor(HORIZON) == 0.0
+
+
+@pytest.mark.parametrize("position", [2_000, 7_777])
+def test_a_cooldown_starts_from_anywhere_in_a_constant_phase(position: int) -> None:
+    """The same settings but for where it ends: nothing before the branch differs."""
+    constant, cooling = (
+        LrSchedule(shape, WARMUP, position + 3_000, 0.0, cooldown_tokens=3_000)  # type: ignore[arg-type]
+        for shape in ("constant", "wsd")
+    )
+    assert [cooling.factor(t) for t in range(0, position + 1, 77)] == [
+        constant.factor(t) for t in range(0, position + 1, 77)
+    ]
+    assert cooling.factor(position + 1_500) == pytest.approx(0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -41,10 +42,13 @@ class _Scaled:
     def forward(self, tokens: Tensor, labels: Tensor, last: bool) -> Tensor:
         return self.engine.forward(tokens, labels, last)
 
+    def begin_step(self, measure_noise: bool, tokens: Sequence[int]) -> list[int]:
+        return self.engine.begin_step(measure_noise, tokens)
+
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * self.factor)
 
-    def finish_step(self, lr_factor: float) -> UpdateResult:
+    def finish_step(self, lr_factor: float | Sequence[float]) -> UpdateResult:
         return self.engine.finish_step(lr_factor)
 
     def evaluation_weights(self) -> AbstractContextManager[None]:

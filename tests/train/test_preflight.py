@@ -92,7 +92,7 @@ def test_a_new_run_has_no_notes(prepare: Prepare) -> None:
 
 def test_a_warmup_that_never_ends_is_noted(prepare: Prepare) -> None:
     (note,) = prepare("schedule.warmup_steps=10").notes
-    assert "warmup_steps = 10" in note
+    assert "warm-up of 640 tokens" in note
     assert "only rises" in note
 
 
