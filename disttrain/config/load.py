@@ -6,7 +6,7 @@ import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -80,8 +80,10 @@ def layout_problems(config: RunConfig, world: int | None, broken: frozenset[str]
     """What does not multiply or divide on `world` processes; sections named in `broken` are not judged."""
     if world is None or "parallel" in broken:
         return []
+    # A run that has begun may be past its small batches: what it resumes with is known from its checkpoint.
+    begun = any((config.run_dir / "checkpoints").glob("step-*"))
     try:
-        config.dims(world) if "train" in broken else config.check_batches(world)
+        config.dims(world) if "train" in broken or begun else config.check_batches(world)
     except ValueError as error:
         return [str(error)]
     return []
@@ -99,13 +101,14 @@ def flat_items(section: BaseModel, prefix: str = "") -> dict[str, Any]:
     return items
 
 
-def valid_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Every dotted key that a config may set."""
+def valid_keys(section: type[BaseModel] = RunConfig, prefix: str = "", optional: bool = False) -> list[str]:
+    """Every dotted key of a config; with `optional`, of the sections too that are not there by default."""
     keys: list[str] = []
     for name, info in section.model_fields.items():
-        inner = info.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            keys += valid_keys(inner, f"{prefix}{name}.")
+        kinds = (info.annotation, *(get_args(info.annotation) if optional else ()))
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if len(inner) == 1:
+            keys += valid_keys(inner[0], f"{prefix}{name}.", optional)
         else:
             keys.append(prefix + name)
     return keys
@@ -195,7 +198,7 @@ def _nearest_key(key: str) -> str | None:
     leaf = key.rsplit(".", 1)[-1]
     if leaf in _OTHER_NAMES:
         return _OTHER_NAMES[leaf]
-    keys = valid_keys()
+    keys = valid_keys(optional=True)
     if "." not in key and (section := difflib.get_close_matches(key, RunConfig.model_fields, n=1)):
         return section[0]
     if same_leaf := [valid for valid in keys if valid.rsplit(".", 1)[-1] == leaf]:

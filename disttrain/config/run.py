@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from disttrain.config.base import Section
+from disttrain.config.clipping import AdaptiveClip
 from disttrain.config.data import DataConfig
 from disttrain.config.groups import Group, ScheduleFreeAdamW
 from disttrain.config.layout import ParallelDims, check_batches
@@ -52,17 +53,48 @@ class RunConfig(Section):
         for group, law in zip(self.optim.resolved_groups, self.lr_schedules(self.train.batches()), strict=True):
             if law.warmup_tokens > law.horizon_tokens:
                 raise ValueError(
-                    f"schedule.warmup_steps: group {group.name} warms up for {law.warmup_tokens:,} tokens, and the "
+                    f"schedule: group {group.name} warms up for {law.warmup_tokens:,} tokens, and the "
                     f"run or its horizon ends at {law.horizon_tokens:,}; shorten it, or set schedule.horizon_steps"
                 )
         return self
 
     @model_validator(mode="after")
+    def _check_rules(self) -> RunConfig:
+        own = [g.name for g in self.optim.groups if g.schedule and g.schedule.batch_lr_rule not in (None, "none")]
+        without_effect = [
+            *(f"the batch_lr_rule of group {name}" for name in own),
+            *(["keep_decay_timescale"] if self.schedule.keep_decay_timescale else []),
+        ]
+        if without_effect and self.schedule.base_batch_tokens is None:
+            raise ValueError(
+                f"schedule: {', '.join(without_effect)} needs schedule.base_batch_tokens: what batch the rates were "
+                "tuned at"
+            )
+        for group, law in zip(self.optim.resolved_groups, self.lr_schedules(self.train.batches()), strict=True):
+            if law.shape == "inverse_sqrt" and law.warmup_tokens == 0:
+                raise ValueError(
+                    f"schedule.shape = 'inverse_sqrt': group {group.name} has no warm-up, from whose end the rate "
+                    "falls; set schedule.warmup_steps"
+                )
+            clip = group.clip
+            if self.train.batch_auto and isinstance(clip, AdaptiveClip) and clip.tighten_until is None:
+                raise ValueError(
+                    "train.batch_auto: nobody knows how many steps the run has; set tighten_until of the adaptive "
+                    f"clip of group {group.name}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_world_change(self) -> RunConfig:
-        if self.train.on_world_change == "scale_lr" and self.schedule.rule == "none":
+        if self.train.on_world_change == "scale_lr" and self.schedule.base_batch_tokens is None:
             raise ValueError(
                 "train.on_world_change = 'scale_lr' needs schedule.base_batch_tokens, the batch that the rates were "
-                "tuned at, and a schedule.batch_lr_rule other than 'none'"
+                "tuned at"
+            )
+        if self.train.on_world_change == "scale_lr" and self.train.tokens is None:
+            raise ValueError(
+                "train.on_world_change = 'scale_lr': set train.tokens in place of steps, which do not say how long a "
+                "run is whose batch changes"
             )
         return self
 

@@ -37,6 +37,8 @@ class BatchRamp(Section):
     def _one_way(self) -> Self:
         if (self.over_tokens is None) == (self.double_at_tokens is None):
             raise ValueError("set one of over_tokens (a straight line) and double_at_tokens (doublings)")
+        if self.increment_tokens is not None and self.over_tokens is None:
+            raise ValueError("increment_tokens is for the straight line of over_tokens; doublings have none")
         at = list(self.double_at_tokens or ())
         if at != sorted(set(at)):
             raise ValueError(f"double_at_tokens = {at} goes backwards; give positions that rise")
@@ -107,11 +109,16 @@ class TrainConfig(Section):
             raise ValueError("batch_auto: set tokens in place of steps, which do not say how long such a run is")
         if self.on_world_change == "scale_lr":
             raise ValueError("batch_auto finds its batches itself; on_world_change = 'scale_lr' would scale them")
+        if auto.start_tokens > final:
+            raise ValueError(
+                f"batch_auto.start_tokens = {auto.start_tokens} is above global_batch_tokens = {final}: the batch "
+                "grows; lower it, or raise the other"
+            )
         doublings = math.log2(final / auto.start_tokens)
-        if doublings < 0 or doublings != round(doublings):
+        if doublings != round(doublings):
             raise ValueError(
                 f"batch_auto.start_tokens = {auto.start_tokens} doubled some times must be global_batch_tokens = "
-                f"{final}; nearest: {auto.start_tokens * 2 ** max(0, round(doublings))}"
+                f"{final}; nearest global_batch_tokens: {auto.start_tokens * 2 ** round(doublings)}"
             )
         return self
 

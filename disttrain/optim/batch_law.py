@@ -25,8 +25,8 @@ from disttrain.optim.optimizer_set import OptimizerSet
 from disttrain.schedule import LrSchedule, Rule, Scaled, scale_by_batch
 
 _FOLLOWING = ("weight_decay", "eps", "betas", "alpha")
-_COUPLED = (SGD, RMSProp, Adam)
-"""Their decay is added to the gradient, and has no time scale of its own."""
+_COUPLED = (SGD, RMSProp, Adam, Custom)
+"""Their decay is added to the gradient, and has no time scale of its own; or it is not known what theirs is."""
 _NOT_ADAM = (Lion, Adafactor, Custom, ScheduleFreeAdamW)
 
 
@@ -51,6 +51,7 @@ class BatchLaw:
         self.groups, self.laws, self.config = optimizer.param_groups, laws, config
         self._tuned: list[Group] = [group["config"] for group in self.groups]
         self._batch_tokens = 0
+        self._followed: set[str] = set()
         for tokens in batches_tokens:
             for group, law in zip(self._tuned, laws, strict=True):
                 self._scaled(group, law, tokens)
@@ -75,6 +76,9 @@ class BatchLaw:
             group.update({key: getattr(group["config"], key) for key in _FOLLOWING if key in group})
             if changed := [f"{key} {_said(getattr(tuned, key))} -> {_said(new)}" for key, new in settings.items()]:
                 notes.append(f"group {tuned.name}: {', '.join(changed)} ({law.rule})")
+                self._followed.add(tuned.name)
+            elif tuned.name in self._followed:
+                notes.append(f"group {tuned.name}: as tuned ({law.rule})")
         if not notes:
             return []
         base = self.config.base_batch_tokens or 0

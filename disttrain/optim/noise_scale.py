@@ -7,6 +7,8 @@ from torch import Tensor
 
 DECAY = 0.98
 """Of the averages, for each measurement."""
+ENOUGH = 0.2
+"""Weight from which the averages are good for a decision: eleven measurements."""
 
 
 def noise_estimates(total: Tensor, chunks: Tensor, tokens: int, squares: int) -> tuple[Tensor, Tensor]:
@@ -34,10 +36,11 @@ class NoiseScale:
         seen = torch.stack([signal, noise, torch.ones_like(signal)]).to(self.averages)
         self.averages.copy_(torch.where(seen.isfinite().all(), self.averages.lerp(seen, 1 - DECAY), self.averages))
 
-    def tokens(self) -> float | None:
-        """The noise scale; None before a measurement, and while noise hides the signal. Waits for the device."""
-        signal, noise, _ = self.averages.tolist()
-        return noise / signal if signal > 0 and noise > 0 else None
+    def tokens(self, least_weight: float = 0.0) -> float | None:
+        """The noise scale; None before measurements of that weight, and while noise hides the signal. Waits for the
+        device."""
+        signal, noise, weight = self.averages.tolist()
+        return noise / signal if signal > 0 and noise > 0 and weight >= least_weight else None
 
     def record(self, multiple: int) -> dict[str, float]:
         """`noise_scale_tokens`, and the batch that it suggests: the nearest multiple of `multiple` tokens."""

@@ -19,11 +19,12 @@ class NoiseProbe:
 
     Where gradients are reduced after every microbatch a chunk is a microbatch, else all microbatches of a rank. A rank
     alone has its microbatches: there the gradient that each of them adds is taken as a difference, for which the
-    gradients are held twice in a step that is measured.
+    gradients are held twice in a step that is measured. Copies of the model that are not sharded themselves (hsdp with
+    dp_shard 1) are `blind`: FSDP2 has no reduce-scatter there to look at.
     """
 
-    def __init__(self, rules: SyncRules, world: int) -> None:
-        self.alone = world == 1
+    def __init__(self, rules: SyncRules, world: int, blind: bool = False) -> None:
+        self.alone, self.blind = world == 1, blind
         self.each = rules.reduce_each or self.alone
         self.measuring = False
         self._before: list[Tensor] = []
@@ -32,7 +33,7 @@ class NoiseProbe:
     def begin(self, wanted: bool, tokens: Sequence[int]) -> list[int]:
         """At the start of a step of microbatches of so many `tokens`: those of this rank's chunks, none where nothing
         is measured. One microbatch on one rank would tell nothing."""
-        self.measuring = wanted and not (self.alone and len(tokens) == 1)
+        self.measuring = wanted and not self.blind and not (self.alone and len(tokens) == 1)
         self._parts, self._before = [], []
         self._left = len(tokens)
         if not self.measuring:
@@ -51,11 +52,16 @@ class NoiseProbe:
             return
         grads = [p.grad for p in parameters if p.grad is not None]
         now = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-        added = torch._foreach_sub(now, self._before) if self._before else now
-        norms = torch._foreach_norm(added)
+        if self._before:
+            # In place: the gradients are held once more, not twice.
+            torch._foreach_sub_(self._before, now)
+        norms = torch._foreach_norm(self._before or now)
         self._parts.append(torch.stack(list(norms)).double().square().sum())
         self._left -= 1
-        self._before = [gradient.clone() for gradient in now] if self._left else []
+        if self._left and self._before:
+            torch._foreach_copy_(self._before, now)
+        else:
+            self._before = [gradient.clone() for gradient in now] if self._left else []
 
     def squares(self, like: Tensor) -> Tensor:
         """This rank's sum in the measured step, still with the loss scale: a scalar where `like` is."""

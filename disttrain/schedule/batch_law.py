@@ -46,9 +46,3 @@ def scale_by_batch(
             "the rule 'sqrt', or a base batch nearer to this one"
         )
     return Scaled(lr=lr, weight_decay=decay, eps=1.0 / math.sqrt(k), betas=scaled or None)
-
-
-def surge(batch: float, noise_scale: float) -> float:
-    """Adam's best rate at `batch` as a share of its best at all, which lies where the batch is the noise scale; the
-    same unit for both (arXiv 2405.14578). It rises like the root, and falls beyond."""
-    return 2.0 / (math.sqrt(batch / noise_scale) + math.sqrt(noise_scale / batch))

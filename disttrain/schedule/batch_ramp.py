@@ -53,16 +53,16 @@ class BatchSchedule:
 
     def tokens_after(self, steps: int) -> int:
         """Consumed by the first `steps` steps."""
-        for (first_step, first_tokens), stage in zip(self._entries, self.stages, strict=True):
-            last = self._next_entry(stage)
+        ends = [*self._entries[1:], None]
+        for (first_step, first_tokens), stage, last in zip(self._entries, self.stages, ends, strict=True):
             if last is None or steps <= last[0]:
                 return first_tokens + (steps - first_step) * stage.samples * self.sequence_length
         raise AssertionError("the last stage has no end")
 
     def steps_for(self, tokens: int) -> int:
         """The fewest steps that consume at least `tokens`."""
-        for (first_step, first_tokens), stage in zip(self._entries, self.stages, strict=True):
-            last = self._next_entry(stage)
+        ends = [*self._entries[1:], None]
+        for (first_step, first_tokens), stage, last in zip(self._entries, self.stages, ends, strict=True):
             if last is None or tokens <= last[1]:
                 return first_step + -(-(tokens - first_tokens) // (stage.samples * self.sequence_length))
         raise AssertionError("the last stage has no end")
@@ -96,10 +96,6 @@ class BatchSchedule:
             count = max(0, -(-(following.from_tokens - tokens) // size))
             entries.append((step + count, tokens + count * size))
         return entries
-
-    def _next_entry(self, stage: BatchStage) -> tuple[int, int] | None:
-        index = self.stages.index(stage) + 1
-        return self._entries[index] if index < len(self.stages) else None
 
 
 def _scaled(samples: int, ratio: Fraction) -> int:

@@ -38,8 +38,7 @@ class LrSchedule:
         if self.shape == "constant" or decay_tokens <= 0:
             return 1.0
         if self.shape == "inverse_sqrt":
-            # From the end of the warm-up on; without one, from the first step of which there is nothing to compare.
-            return max(self.final_ratio, math.sqrt(max(self.warmup_tokens, 1) / max(position_tokens, 1)))
+            return max(self.final_ratio, math.sqrt(self.warmup_tokens / max(position_tokens, 1)))
         progress = min(1.0, (position_tokens - self.warmup_tokens) / decay_tokens)
         return self.final_ratio + (1.0 - self.final_ratio) * self._remaining(progress, decay_tokens)
 

@@ -33,6 +33,12 @@ class RunBatches:
 
 
 def begin_batches(config: RunConfig, ranks: int) -> RunBatches:
+    """Of a new run. Raises UserError where the batches do not divide over `ranks`, or could not follow the noise."""
+    _check_auto(config, ranks)
+    try:
+        check_batches(config.train.batches(), ranks)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return RunBatches(config.train.batches(), Fraction(1), ranks)
 
 
@@ -41,6 +47,7 @@ def resume_batches(config: RunConfig, ranks: int, tokens: int, extra: dict[str, 
 
     Raises UserError where the config refuses another number of processes, or the batch does not divide over them.
     """
+    _check_auto(config, ranks)
     kept = extra.get("batches")
     if kept is None:
         return begin_batches(config, ranks), []
@@ -60,11 +67,27 @@ def resume_batches(config: RunConfig, ranks: int, tokens: int, extra: dict[str, 
         schedule = past.continued(tokens, following, ratio)
         check_batches(schedule.from_now(tokens), ranks)
     except ValueError as error:
-        raise UserError(f"train.on_world_change: {error}") from error
+        times = f" (the config's times {ratio}, for the run has had other numbers of processes)" if ratio != 1 else ""
+        raise UserError(f"the global batch that the run would go on with{times}: {error}") from error
     old, new = (s.samples_at(tokens) * s.sequence_length for s in (past, schedule))
     if before != ranks:
         how = "stays at" if old == new else f"goes from {old:,} to"
-        notes.append(f"{before} processes before, {ranks} now: the global batch {how} {new:,} tokens")
+        scaled = f", {ratio} times that of the config" if ratio != 1 else ""
+        notes.append(f"{before} processes before, {ranks} now: the global batch {how} {new:,} tokens{scaled}")
     elif old != new:
         notes.append(f"the global batch goes from {old:,} to {new:,} tokens")
     return RunBatches(schedule, ratio, ranks), notes
+
+
+def _check_auto(config: RunConfig, ranks: int) -> None:
+    """Whether the noise scale can be measured at all, where the batch is to follow it."""
+    auto, parallel = config.train.batch_auto, config.parallel
+    if auto is None:
+        return
+    if parallel.strategy == "hsdp" and config.dims(ranks).dp_shard == 1:
+        raise UserError("train.batch_auto: hsdp with parallel.dp_shard = 1 shows no noise scale; use ddp")
+    if ranks == 1 and auto.start_tokens // config.train.sequence_length <= config.train.microbatch_size:
+        raise UserError(
+            "train.batch_auto: one process with one microbatch shows no noise scale; lower train.microbatch_size below "
+            f"the {auto.start_tokens // config.train.sequence_length} sequences of the first batch"
+        )

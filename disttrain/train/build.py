@@ -39,7 +39,8 @@ def build_training(config: RunConfig, data: Data, ranks: Ranks, device: torch.de
     """Model, optimizer, engine and loader of this rank, on the process group that is there. Collective."""
     mesh = build_mesh(config.dims(ranks.world), device.type)
     every = config.monitor.noise_scale_every
-    probe = NoiseProbe(SyncRules.of(config.parallel), ranks.world) if every else None
+    blind = config.parallel.strategy == "hsdp" and config.dims(ranks.world).dp_shard == 1
+    probe = NoiseProbe(SyncRules.of(config.parallel), ranks.world, blind) if every else None
     gpt, model = build_model(
         config.model,
         max_length=config.train.sequence_length,

@@ -15,7 +15,7 @@ from disttrain.data.loader import validation_batches
 from disttrain.distributed.env import Ranks
 from disttrain.flops import training_flops_per_token
 from disttrain.monitor import MetricBuffer
-from disttrain.optim.noise_scale import NoiseScale
+from disttrain.optim.noise_scale import ENOUGH, NoiseScale
 from disttrain.parallel import device_notes, parameters_will_change
 from disttrain.resilience import StopRequest
 from disttrain.train.batches import RunBatches, begin_batches, resume_batches
@@ -78,9 +78,8 @@ class TrainingLoop:
         )
         self.position, self.batches, notes = self._begin(manager)
         self.total_steps = self.batches.schedule.steps_of(run.config.train.steps, run.config.train.tokens)
-        # Rates go by the batches that were known at the start where the run finds its own.
-        known = run.config.train.batches() if run.config.train.batch_auto else self.batches.schedule
-        self.law = build_batch_law(run.config, self.parts.optimizer, known)
+        # Lengths in steps go by the batches that the config names, whatever the run has made of them since.
+        self.law = build_batch_law(run.config, self.parts.optimizer, run.config.train.batches())
         notes += device_notes(run.config.parallel, device) + room_note(manager, self._state())
         self.output = RunOutput(run, ranks, self.position.step, self.total_steps, notes)
         self.output.announce(self.parts.optimizer, self.parts.safeguards)
@@ -146,11 +145,12 @@ class TrainingLoop:
         if auto is None or self.position.step % auto.every_steps:
             return
         batch = self.batches.schedule.samples_at(self.position.tokens) * train.sequence_length
-        scale = self.noise.tokens()
+        scale = self.noise.tokens(least_weight=ENOUGH)
         if scale is None or scale < auto.ratio * batch or batch >= train.global_batch_tokens:
             return
         self.batches = self.batches.doubled(self.position.tokens)
         self.total_steps = self.batches.schedule.steps_of(train.steps, train.tokens)
+        self.output.total(self.total_steps)
         self.output.say(f"noise scale of {scale:,.0f} tokens: the batch goes from {batch:,} to {2 * batch:,} tokens")
 
     def _log(self, result: StepResult) -> None:

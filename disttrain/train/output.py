@@ -64,6 +64,11 @@ class RunOutput:
         shown = "n/a (no tokenizer)" if bits_per_byte is None else f"{bits_per_byte:.4f}"
         self.console.say(f"validation at step {step}: loss {loss:.4f}, bits per byte {shown}")
 
+    def total(self, steps: int) -> None:
+        """The run has another length than was thought."""
+        if self.console is not None:
+            self.console.total(steps)
+
     def warn(self, text: str) -> None:
         if self.console is not None:
             self.console.say(f"warning: {text}")

@@ -81,10 +81,20 @@ def open_config_data(config: RunConfig) -> Data:
 
 
 def _schedule_notes(config: RunConfig) -> list[str]:
+    batches, steps = config.train.batches(), config.train.total_steps
+    notes = []
+    if batches.tokens_after(steps) <= batches.stages[-1].from_tokens:
+        notes.append(
+            f"train.batch_ramp reaches its last batch after {batches.stages[-1].from_tokens:,} tokens, and the run "
+            f"ends at {batches.tokens_after(steps):,}"
+        )
     flat = [law for law in config.lr_schedules(config.train.batches()) if law.warmup_tokens == law.horizon_tokens]
     if not flat:
-        return []
-    return [f"the warm-up of {flat[0].warmup_tokens:,} tokens reaches to the end of the run: the rate only rises"]
+        return notes
+    return [
+        *notes,
+        f"the warm-up of {flat[0].warmup_tokens:,} tokens reaches to the end of the run: the rate only rises",
+    ]
 
 
 def _vocabulary(config: RunConfig, data: Data) -> int:

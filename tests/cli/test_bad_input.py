@@ -38,7 +38,20 @@ CASES = {
         ["train.batch_ramp: the batch from token 0 on = 32", "32 x 2 processes = 64", "nearest: 64"],
     ),
     "auto without tokens": (["train.batch_auto.start_tokens=64"], ["batch_auto: set tokens in place of steps"]),
-    "a long warm-up": (["schedule.warmup_steps=41"], ["schedule.warmup_steps", "10,496 tokens", "ends at 10,240"]),
+    "a long warm-up": (["schedule.warmup_steps=41"], ["group no_decay warms up", "10,496 tokens", "ends at 10,240"]),
+    "no warm-up to fall from": (
+        ["schedule.shape=inverse_sqrt", "schedule.warmup_steps=0"],
+        ["'inverse_sqrt': group no_decay has no warm-up", "set schedule.warmup_steps"],
+    ),
+    "decay without a base": (
+        ["schedule.keep_decay_timescale=true"],
+        ["keep_decay_timescale needs schedule.base_batch_tokens"],
+    ),
+    "scale_lr in steps": (
+        ["train.on_world_change=scale_lr", "schedule.base_batch_tokens=256"],
+        ["train.on_world_change = 'scale_lr': set train.tokens in place of steps"],
+    ),
+    "a key of a ramp": (["train.batch_ramp.start_token=64"], ["nearest valid key: train.batch_ramp.start_tokens"]),
     "two units": (["schedule.warmup_tokens=5"], ["one of warmup_steps and warmup_tokens"]),
     "a rule without a base": (["schedule.batch_lr_rule=sqrt"], ["batch_lr_rule = 'sqrt' needs base_batch_tokens"]),
     "scale_lr without a base": (

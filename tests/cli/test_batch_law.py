@@ -16,6 +16,13 @@ def manifest(folder: Path, step: int) -> dict[str, int]:
     return json.loads((folder / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
 
 
+def in_tokens(config: Path, folder: Path) -> Path:
+    """The same with a length in tokens."""
+    file = folder / "tokens.toml"
+    file.write_text(config.read_text().replace("steps = 40\n", "tokens = 30720\n", 1))
+    return file
+
+
 def test_a_ramp_goes_on_after_a_kill_and_on_any_number_of_processes(config: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     command = ["train", config, *RAMP, "schedule.base_batch_tokens=512", "checkpoint.every=5"]
@@ -43,18 +50,19 @@ def test_a_ramp_goes_on_after_a_kill_and_on_any_number_of_processes(config: Path
 
 def test_another_number_of_processes_or_a_hand_may_change_the_batch(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = ["train", config, "schedule.base_batch_tokens=256", f"run.dir={folder}", "optim.lr=1e-3"]
-    assert disttrain(*command, "--nproc", 1, "train.steps=10").code == 0
+    command = ["train", in_tokens(config, tmp_path), "schedule.base_batch_tokens=256", f"run.dir={folder}"]
+    command.append("optim.lr=1e-3")
+    assert disttrain(*command, "--nproc", 1, "train.tokens=2560").code == 0
     lines = refused(disttrain(*command, "--nproc", 2, "train.on_world_change=refuse"))
     assert any("the checkpoint is of 1 processes, and there are 2; start 1, or" in line for line in lines), lines
-    for nproc, steps in ((2, 20), (1, 30)):
-        scaled = [*command, "train.on_world_change=scale_lr", "--nproc", nproc, f"train.steps={steps}"]
+    for nproc, tokens in ((2, 7680), (1, 10_240)):
+        scaled = [*command, "train.on_world_change=scale_lr", "--nproc", nproc, f"train.tokens={tokens}"]
         ended = disttrain(*scaled)
         assert ended.code == 0, ended
         if nproc == 2:
-            assert "1 processes before, 2 now: the global batch goes from 256 to 512 tokens" in ended.out
+            assert "1 processes before, 2 now: the global batch goes from 256 to 512 tokens, 2 times that" in ended.out
             assert "group decay: lr 0.001 -> 0.001414 (sqrt)" in ended.out
-    ended = disttrain(*command, "--nproc", 1, "train.steps=35", "train.global_batch_tokens=512")
+    ended = disttrain(*command, "--nproc", 1, "train.tokens=12800", "train.global_batch_tokens=512")
     assert ended.code == 0, ended
     assert "changed since step 30: train.global_batch_tokens was 256, is 512" in ended.out
     assert "the global batch goes from 256 to 512 tokens" in ended.out
@@ -69,10 +77,9 @@ def test_another_number_of_processes_or_a_hand_may_change_the_batch(config: Path
 def test_a_run_may_find_its_batch(config: Path, tmp_path: Path) -> None:
     """The noise scale of a model that has learnt nothing yet is far above these batches."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    file = tmp_path / "auto.toml"
-    file.write_text(config.read_text().replace("steps = 40\n", "tokens = 30720\n", 1))
+    file = in_tokens(config, tmp_path)
     command = ["train", file, "train.global_batch_tokens=1024", "train.batch_auto.start_tokens=256"]
-    command += ["train.batch_auto.every_steps=8", "train.batch_auto.ratio=0.001", "monitor.noise_scale_every=1"]
+    command += ["train.batch_auto.every_steps=12", "train.batch_auto.ratio=0.001", "monitor.noise_scale_every=1"]
     ended = disttrain(*command, "--nproc", 2, f"run.dir={whole}")
     assert ended.code == 0, ended
     assert "the batch goes from 256 to 512 tokens" in ended.out
@@ -83,7 +90,7 @@ def test_a_run_may_find_its_batch(config: Path, tmp_path: Path) -> None:
     assert logged[last]["tokens"] >= 30_720 > logged[last - 1]["tokens"]
     assert logged[last]["noise_scale_tokens"] > 0
     assert logged[last]["suggested_batch_tokens"] % 64 == 0
-    assert disttrain(*command, "--nproc", 2, f"run.dir={parts}", "train.tokens=5000").code == 0
+    assert disttrain(*command, "--nproc", 2, f"run.dir={parts}", "train.tokens=7000").code == 0
     ended = disttrain(*command, "--nproc", 2, f"run.dir={parts}")
     assert ended.code == 0, ended
     assert losses(parts).keys() == losses(whole).keys()

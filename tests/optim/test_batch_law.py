@@ -19,6 +19,7 @@ from disttrain.schedule import LrSchedule
 from disttrain.testing.parity import MODELS
 from disttrain.train.build import build_gpt
 
+RULES = ("sqrt_full", "sqrt_full", "linear", "sqrt")
 CONSTANT = LrSchedule("constant", 0, 1000, 1.0)
 
 
@@ -75,6 +76,7 @@ def test_torchs_groups_get_what_the_rule_says_and_go_back() -> None:
     assert now["d"]["config"].weight_decay == pytest.approx(0.6)
     assert rules.lr_factors(1, 400) == [2.0, 2.0, 4.0, 2.0]
     assert rules.follow(400) == []
+    assert rules.follow(100)[1:] == [f"group {n}: as tuned ({r})" for n, r in zip("abcd", RULES, strict=True)]
     assert rules.follow(100) == []
     for group in optimizer.param_groups:
         assert {k: v for k, v in group.items() if k in before[group["name"]]} == before[group["name"]]

@@ -23,11 +23,11 @@ CPU = torch.device("cpu")
 ACCUMULATION = 3
 
 
-def measured(rank: int, world: int, settings: dict[str, Any]) -> tuple[float, float, list[float], list[int]]:
-    """What a step measures, |g|^2, |g_c|^2 of this rank's chunks as a plain GPT has them, and their tokens."""
+def probed_engine(world: int, settings: dict[str, Any]) -> tuple[NativeEngine, NoiseProbe]:
     parallel = ParallelConfig(**settings)
     dims = ParallelDims.resolve(parallel.strategy, parallel.dp_replicate, parallel.dp_shard, world)
-    probe = NoiseProbe(SyncRules.of(parallel), world)
+    blind = parallel.strategy == "hsdp" and dims.dp_shard == 1
+    probe = NoiseProbe(SyncRules.of(parallel), world, blind)
     gpt, called = build_model(
         MODELS["modern"],
         max_length=LENGTH,
@@ -39,7 +39,20 @@ def measured(rank: int, world: int, settings: dict[str, Any]) -> tuple[float, fl
         probe=probe,
     )
     optimizer = build_optimizer(gpt, OptimConfig(clip_norm=0.1), GPT_PLAN)
-    engine = NativeEngine(gpt, called, optimizer, parallel=parallel, device=CPU, probe=probe)
+    return NativeEngine(gpt, called, optimizer, parallel=parallel, device=CPU, probe=probe), probe
+
+
+def unmeasured(rank: int, world: int, settings: dict[str, Any]) -> bool:
+    """Whether a step that was to measure has not."""
+    engine, _ = probed_engine(world, settings)
+    tokens, labels = (part.chunk(world)[rank] for part in global_batch(0))
+    result = train_step(engine, [(tokens, labels)], lr_factor=0.0, device=CPU, measure_noise=True)
+    return result.update.norms.chunks is None and result.chunk_squares == 0
+
+
+def measured(rank: int, world: int, settings: dict[str, Any]) -> tuple[float, float, list[float], list[int]]:
+    """What a step measures, |g|^2, |g_c|^2 of this rank's chunks as a plain GPT has them, and their tokens."""
+    engine, probe = probed_engine(world, settings)
     tokens, labels = global_batch(0)
     batches = list(zip(tokens.chunk(world)[rank].chunk(ACCUMULATION), labels.chunk(world)[rank].chunk(ACCUMULATION)))  # noqa: B905
     plain = [_plain_squares([b], labels) for b in batches] if probe.each else [_plain_squares(batches, labels)]

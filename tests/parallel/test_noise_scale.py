@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call, grad
 
 from disttrain.models import init_parameters
-from disttrain.optim.noise_scale import NoiseScale, noise_estimates
+from disttrain.optim.noise_scale import ENOUGH, NoiseScale, noise_estimates
 from disttrain.testing import RankPool
 from disttrain.testing.optimizer_parity import STRATEGIES
 from disttrain.testing.parity import LENGTH, MODELS
@@ -103,3 +103,18 @@ def test_what_tells_nothing_teaches_nothing() -> None:
     for total, tokens, squares in ((1.0, 100, 10_000), (math.inf, 100, 5_000), (math.nan, 100, 5_000), (0.0, 0, 0)):
         scale.add(torch.tensor(total), torch.tensor(0.5), tokens, squares)
     assert scale.averages.tolist() == [0, 0, 0]
+
+
+def test_decisions_wait_for_eleven_measurements() -> None:
+    scale = NoiseScale(torch.device("cpu"))
+    known = []
+    for _ in range(12):
+        scale.add(torch.tensor(1.0), torch.tensor(0.9), 100, 5_000)
+        known.append(scale.tokens(least_weight=ENOUGH) is not None)
+    assert known.index(True) == 11
+    assert scale.tokens() is not None
+
+
+def test_copies_that_scatter_nothing_are_not_measured(pool: RankPool) -> None:
+    settings = {"strategy": "hsdp", "dp_replicate": 2, "dp_shard": 1}
+    assert pool.run("tests.parallel.noise_jobs:unmeasured", 2, settings=settings) == [True, True]

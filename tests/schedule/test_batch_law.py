@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from disttrain.schedule import Scaled, scale_by_batch, surge
+from disttrain.schedule import Scaled, scale_by_batch
 
 
 @pytest.mark.parametrize("k", [0.25, 1.0, 4.0])
@@ -53,9 +53,3 @@ def test_in_noise_the_root_rule_goes_as_far_on_as_many_tokens() -> None:
     assert wandered(4, "sqrt") / base == pytest.approx(1.0, rel=0.1)
     assert wandered(4, "sqrt_full") / base == pytest.approx(1.0, rel=0.1)
     assert wandered(4, "linear") / base == pytest.approx(2.0, rel=0.1)
-
-
-def test_the_surge_rises_like_the_root_and_falls_beyond_the_noise_scale() -> None:
-    assert surge(100.0, 100.0) == 1.0
-    assert surge(1.0, 1e6) / surge(0.25, 1e6) == pytest.approx(2.0, rel=1e-5)
-    assert surge(400.0, 100.0) == surge(25.0, 100.0) < 1.0

@@ -58,7 +58,7 @@ def test_a_horizon_inside_the_warm_up_means_no_decay(shape: Shape, horizon: int)
     assert seen == [0.2, 0.4, 0.8, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", sorted(set(SHAPES) - {"inverse_sqrt"}))  # which falls from a warm-up's end
 def test_no_warm_up_starts_at_the_peak(shape: Shape) -> None:
     schedule = LrSchedule(shape, 0, HORIZON, 0.1)
     assert schedule.factor(0) == 1.0

@@ -25,6 +25,11 @@ class ConsoleSink:
             self._task = self._progress.add_task("first step", total=total_steps, completed=first_step)
             self._progress.start()
 
+    def total(self, steps: int) -> None:
+        self.total_steps = steps
+        if self._progress is not None:
+            self._progress.update(self._task, total=steps)
+
     def say(self, text: str) -> None:
         """A line that stays, above the bar."""
         self.console.print(text, markup=False)
