@@ -134,7 +134,8 @@ def main() -> int:
         found = pool.run("benchmarks.noise_scale:draws", WORLD, 300)[0]
         ratios = pool.run("benchmarks.noise_scale:costs", WORLD, 600, rounds=60)[0]
     rows = {}
-    for name, values, truth in zip(("|G|^2", "tr(S) of a token"), zip(*found, strict=True), exact(), strict=True):
+    names = ("square of the true gradient", "tr(S) of a token")
+    for name, values, truth in zip(names, zip(*found, strict=True), exact(), strict=True):
         mean, half_width = interval(list(values))
         rows[name] = {"mean": mean, "half_width": half_width, "exact": truth}
     results = {

@@ -97,3 +97,8 @@ def test_val_is_a_word_and_not_a_part_of_one(tmp_path: Path) -> None:
         np.arange(1000, dtype=np.uint16).tofile(tmp_path / name)
     train, validation = bin_shard_sets(tmp_path, 0.1)
     assert (len(train), len(validation)) == (2, 1)
+
+
+def test_compilation_made_the_number_of_heads_a_symbol(pool: RankPool) -> None:
+    """The second compiled model of a process: torch's attention takes no comparison of symbols for a bool."""
+    assert pool.run("tests.parallel.memory_jobs:two_compiled_models", 2) == [2, 2]

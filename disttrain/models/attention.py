@@ -40,6 +40,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_dim
+        # A bool that is there: compilation makes numbers symbols, and the kernel takes no comparison of these.
+        self.grouped = config.n_heads != config.kv_heads
         self.has_qk_norm = config.qk_norm
         d_kv = config.kv_heads * config.head_dim
         self.wq = nn.Linear(config.d_model, config.d_model, bias=config.bias)
@@ -68,8 +70,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(k, v)
         if self.logit_watch is not None and visible is None and torch.is_grad_enabled():
             return self.wo(self.logit_watch.attend(q, k, v).transpose(1, 2).flatten(2))
-        grouped = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=self.grouped)
         return self.wo(y.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:

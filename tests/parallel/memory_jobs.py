@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,24 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from disttrain.config import ParallelDims
+import disttrain.parallel.compile as compile_module
+from disttrain.config import ModelConfig, ParallelDims
 from disttrain.config.parallel import ParallelConfig
 from disttrain.distributed.mesh import build_mesh
 from disttrain.engines import UpdateResult
 from disttrain.models import GPT, GPT_PLAN
+from disttrain.models.attention_logits import LogitWatch
 from disttrain.optim import build_optimizer
 from disttrain.parallel.precision import DTYPES, CastParameters
-from disttrain.testing.parity import LENGTH, MODELS, OPTIM, RecordingEngine, global_batch, tensor_error
+from disttrain.testing.parity import (
+    LENGTH,
+    MODELS,
+    OPTIM,
+    RecordingEngine,
+    global_batch,
+    parity_model,
+    tensor_error,
+)
 from disttrain.train.build import build_model
 from disttrain.train.step import train_step
 
@@ -138,3 +149,23 @@ def overflow_on_one_rank(rank: int, world: int, settings: dict[str, Any]) -> lis
 
 def _whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def two_compiled_models(rank: int, world: int) -> int:
+    """How many models of different numbers of heads went through the same compiled code, without a C++ compiler."""
+    compiling, trained = torch.compile, 0
+    compile_module.torch.compile = partial(compiling, backend="eager")
+    try:
+        for heads, shared in ((3, 1), (6, 2)):
+            config = ModelConfig(n_layers=1, d_model=4 * heads, n_heads=heads, n_kv_heads=shared, vocab_size=53)
+            parallel = ParallelConfig(strategy="fsdp", compile=True)
+            gpt, called = parity_model(config, world, CPU, parallel)
+            tokens, labels = global_batch(0)
+            for method in (None, "exact", "bound"):
+                for block in gpt.blocks:
+                    block.attention.logit_watch = LogitWatch(heads, method, CPU) if method else None
+                called(tokens, labels).backward()
+            trained += 1
+    finally:
+        compile_module.torch.compile = compiling
+    return trained
