@@ -55,7 +55,7 @@ def attend_with_bound(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def attend_with_exact(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Any device: torch's attention, and a second pass over queries and keys."""
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=bool(q.shape[1] != k.shape[1]))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return y, largest_logits(q.detach(), k.detach())
 
 
@@ -68,7 +68,7 @@ def attend_with_flex(q: Tensor, k: Tensor, v: Tensor, blocks: Any = None) -> tup
         k,
         v,
         block_mask=blocks if blocks and blocks.seq_lengths[0] == q.shape[2] else _causal_blocks(q.shape[2], q.device),
-        enable_gqa=bool(q.shape[1] != k.shape[1]),
+        enable_gqa=True,
         return_aux=AuxRequest(max_scores=True),
     )
     return y, aux.max_scores.amax((0, 2))
