@@ -30,7 +30,7 @@ from disttrain.engines import NativeEngine
 from disttrain.models import GPT_PLAN, init_parameters
 from disttrain.optim import build_optimizer
 from disttrain.optim.noise_scale import noise_estimates
-from disttrain.parallel import NoiseProbe, SyncRules
+from disttrain.parallel import NoiseProbe
 from disttrain.testing import RankPool
 from disttrain.testing.parity import MODELS
 from disttrain.train.build import build_gpt, build_model
@@ -47,10 +47,8 @@ LARGE = ModelConfig(n_layers=6, d_model=256, n_heads=4, vocab_size=4096)
 
 def build_engine(world: int, model: ModelConfig, length: int, dtype: torch.dtype) -> NativeEngine:
     parallel = ParallelConfig(strategy="fsdp")
-    mesh, probe = (
-        build_mesh(ParallelDims.resolve("fsdp", None, None, world), "cpu"),
-        NoiseProbe(SyncRules.of(parallel), world),
-    )
+    dims = ParallelDims.resolve("fsdp", None, None, world)
+    mesh, probe = build_mesh(dims, "cpu"), NoiseProbe(parallel, dims)
     gpt, called = build_model(
         model, max_length=length, mesh=mesh, parallel=parallel, seed=0, device=CPU, dtype=dtype, probe=probe
     )

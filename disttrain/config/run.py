@@ -56,6 +56,11 @@ class RunConfig(Section):
                     f"schedule: group {group.name} warms up for {law.warmup_tokens:,} tokens, and the "
                     f"run or its horizon ends at {law.horizon_tokens:,}; shorten it, or set schedule.horizon_steps"
                 )
+            if law.shape == "inverse_sqrt" and law.warmup_tokens == 0:
+                raise ValueError(
+                    f"schedule.shape = 'inverse_sqrt': group {group.name} has no warm-up, from whose end the rate "
+                    "falls; set schedule.warmup_steps"
+                )
         return self
 
     @model_validator(mode="after")
@@ -70,18 +75,6 @@ class RunConfig(Section):
                 f"schedule: {', '.join(without_effect)} needs schedule.base_batch_tokens: what batch the rates were "
                 "tuned at"
             )
-        for group, law in zip(self.optim.resolved_groups, self.lr_schedules(self.train.batches()), strict=True):
-            if law.shape == "inverse_sqrt" and law.warmup_tokens == 0:
-                raise ValueError(
-                    f"schedule.shape = 'inverse_sqrt': group {group.name} has no warm-up, from whose end the rate "
-                    "falls; set schedule.warmup_steps"
-                )
-            clip = group.clip
-            if self.train.batch_auto and isinstance(clip, AdaptiveClip) and clip.tighten_until is None:
-                raise ValueError(
-                    "train.batch_auto: nobody knows how many steps the run has; set tighten_until of the adaptive "
-                    f"clip of group {group.name}"
-                )
         return self
 
     @model_validator(mode="after")
@@ -99,18 +92,18 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_noise_scale(self) -> RunConfig:
-        if self.train.batch_auto is not None and not self.monitor.noise_scale_every:
+    def _check_batch_auto(self) -> RunConfig:
+        if self.train.batch_auto is None:
+            return self
+        if not self.monitor.noise_scale_every:
             raise ValueError("train.batch_auto follows the noise scale: set monitor.noise_scale_every above 0")
+        for group in self.optim.resolved_groups:
+            if isinstance(group.clip, AdaptiveClip) and group.clip.tighten_until is None:
+                raise ValueError(
+                    "train.batch_auto: nobody knows how many steps the run has; set tighten_until of the adaptive "
+                    f"clip of group {group.name}"
+                )
         return self
-
-    def lr_schedules(self, batches: BatchSchedule) -> list[LrSchedule]:
-        """One for each of the optimizer's groups, where the batch goes as `batches`."""
-        steps = batches.steps_of(self.train.steps, self.train.tokens)
-        return [
-            lr_schedule(group.schedule, self.schedule, _default_shape(group), batches, steps)
-            for group in self.optim.resolved_groups
-        ]
 
     @model_validator(mode="after")
     def _check_qk_clip(self) -> RunConfig:
@@ -131,6 +124,14 @@ class RunConfig(Section):
                 "optim.qk_clip.mode = 'log'"
             )
         return self
+
+    def lr_schedules(self, batches: BatchSchedule) -> list[LrSchedule]:
+        """One for each of the optimizer's groups, where the batch goes as `batches`."""
+        steps = batches.steps_of(self.train.steps, self.train.tokens)
+        return [
+            lr_schedule(group.schedule, self.schedule, _default_shape(group), batches, steps)
+            for group in self.optim.resolved_groups
+        ]
 
     @property
     def run_dir(self) -> Path:

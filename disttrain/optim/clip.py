@@ -72,12 +72,12 @@ class GradientClipper:
     ) -> None:
         self.groups, self.plan, self.steps = groups, plan, steps
         named = iter(names)
-        self._names = [[next(named, "") for _ in group["params"]] for group in groups]
+        names_of = [[next(named, "") for _ in group["params"]] for group in groups]
         layers = {layer_of(name, plan) for name in names} - {-1}
         self._edges = {min(layers), max(layers)} if layers else set()
         self._unused: dict[AdaptiveClip, set[str]] = {}
         self._held = [HeldGradients(group["params"], world_size()) for group in groups]
-        self.rules = [self._rule(*pair) for pair in zip(groups, self._names, strict=True)]
+        self.rules = [self._rule(*pair) for pair in zip(groups, names_of, strict=True)]
         if problems := [
             f"optim: clip.units {name} matches none of the parameters that are clipped this way; correct it or take it "
             "out"

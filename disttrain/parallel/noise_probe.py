@@ -11,7 +11,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 
+from disttrain.config import ParallelDims
+from disttrain.config.parallel import ParallelConfig
 from disttrain.parallel.grad_sync import SyncRules
+
+
+def is_blind(parallel: ParallelConfig, dims: ParallelDims) -> bool:
+    """Copies of the model that are not sharded themselves have no reduce-scatter for FSDP2 to show gradients in."""
+    return parallel.strategy == "hsdp" and dims.dp_shard == 1
 
 
 class NoiseProbe:
@@ -19,13 +26,12 @@ class NoiseProbe:
 
     Where gradients are reduced after every microbatch a chunk is a microbatch, else all microbatches of a rank. A rank
     alone has its microbatches: there the gradient that each of them adds is taken as a difference, for which the
-    gradients are held twice in a step that is measured. Copies of the model that are not sharded themselves (hsdp with
-    dp_shard 1) are `blind`: FSDP2 has no reduce-scatter there to look at.
+    gradients are held twice in a step that is measured.
     """
 
-    def __init__(self, rules: SyncRules, world: int, blind: bool = False) -> None:
-        self.alone, self.blind = world == 1, blind
-        self.each = rules.reduce_each or self.alone
+    def __init__(self, parallel: ParallelConfig, dims: ParallelDims) -> None:
+        self.alone, self.blind = dims.batch == 1, is_blind(parallel, dims)
+        self.each = SyncRules.of(parallel).reduce_each or self.alone
         self.measuring = False
         self._before: list[Tensor] = []
         self._parts: list[Tensor] = []

@@ -34,11 +34,6 @@ class BatchSchedule:
         if any(stage.samples <= 0 for stage in self.stages):
             raise ValueError("a batch has at least one sample")
 
-    @property
-    def final(self) -> int:
-        """Samples of the last stage's batch."""
-        return self.stages[-1].samples
-
     def samples_at(self, tokens: int) -> int:
         """Of the step that begins when `tokens` have been consumed."""
         return next(stage.samples for stage in reversed(self.stages) if stage.from_tokens <= tokens)

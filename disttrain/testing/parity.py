@@ -19,6 +19,7 @@ from disttrain.distributed.mesh import build_mesh
 from disttrain.engines import Engine, NativeEngine, UpdateResult
 from disttrain.models import GPT, GPT_PLAN
 from disttrain.optim import build_optimizer
+from disttrain.parallel import NoiseProbe
 from disttrain.testing.pool import RankPool
 from disttrain.testing.reference import reference_training
 from disttrain.train.build import build_model
@@ -153,12 +154,18 @@ def measure_parity(
 
 
 def parity_model(
-    config: ModelConfig, world: int, device: torch.device, parallel: ParallelConfig
+    config: ModelConfig,
+    world: int,
+    device: torch.device,
+    parallel: ParallelConfig,
+    probe: NoiseProbe | None = None,
 ) -> tuple[GPT, nn.Module]:
     """A small GPT in fp64 on the layout, with the weights that every layout begins with; and the module to call."""
     dims = ParallelDims.resolve(parallel.strategy, parallel.dp_replicate, parallel.dp_shard, world)
     mesh, kind = build_mesh(dims, device.type), torch.float64
-    return build_model(config, max_length=LENGTH, mesh=mesh, parallel=parallel, seed=0, device=device, dtype=kind)
+    return build_model(
+        config, max_length=LENGTH, mesh=mesh, parallel=parallel, seed=0, device=device, dtype=kind, probe=probe
+    )
 
 
 class RecordingEngine(NativeEngine):

@@ -9,6 +9,7 @@ from typing import Any
 from disttrain.config import RunConfig
 from disttrain.config.layout import check_batches
 from disttrain.errors import UserError
+from disttrain.parallel import is_blind
 from disttrain.schedule import BatchSchedule, BatchStage, constant_batch
 
 
@@ -47,10 +48,10 @@ def resume_batches(config: RunConfig, ranks: int, tokens: int, extra: dict[str, 
 
     Raises UserError where the config refuses another number of processes, or the batch does not divide over them.
     """
-    _check_auto(config, ranks)
     kept = extra.get("batches")
     if kept is None:
         return begin_batches(config, ranks), []
+    _check_auto(config, ranks)
     past = BatchSchedule(tuple(BatchStage(*stage) for stage in kept["stages"]), config.train.sequence_length)
     ratio, before, notes = Fraction(kept["ratio"]), int(kept["ranks"]), []
     if before != ranks:
@@ -81,10 +82,10 @@ def resume_batches(config: RunConfig, ranks: int, tokens: int, extra: dict[str, 
 
 def _check_auto(config: RunConfig, ranks: int) -> None:
     """Whether the noise scale can be measured at all, where the batch is to follow it."""
-    auto, parallel = config.train.batch_auto, config.parallel
+    auto = config.train.batch_auto
     if auto is None:
         return
-    if parallel.strategy == "hsdp" and config.dims(ranks).dp_shard == 1:
+    if is_blind(config.parallel, config.dims(ranks)):
         raise UserError("train.batch_auto: hsdp with parallel.dp_shard = 1 shows no noise scale; use ddp")
     if ranks == 1 and auto.start_tokens // config.train.sequence_length <= config.train.microbatch_size:
         raise UserError(

@@ -18,7 +18,7 @@ from disttrain.engines import Engine, NativeEngine
 from disttrain.models import GPT, GPT_PLAN, init_parameters
 from disttrain.optim import OptimizerSet, Safeguards, build_optimizer, build_safeguards
 from disttrain.optim.batch_law import BatchLaw, GroupLaw, group_rule
-from disttrain.parallel import NoiseProbe, SyncRules, parallelize
+from disttrain.parallel import NoiseProbe, parallelize
 from disttrain.schedule import BatchSchedule
 
 
@@ -37,10 +37,9 @@ class Training:
 
 def build_training(config: RunConfig, data: Data, ranks: Ranks, device: torch.device) -> Training:
     """Model, optimizer, engine and loader of this rank, on the process group that is there. Collective."""
-    mesh = build_mesh(config.dims(ranks.world), device.type)
-    every = config.monitor.noise_scale_every
-    blind = config.parallel.strategy == "hsdp" and config.dims(ranks.world).dp_shard == 1
-    probe = NoiseProbe(SyncRules.of(config.parallel), ranks.world, blind) if every else None
+    dims = config.dims(ranks.world)
+    mesh = build_mesh(dims, device.type)
+    probe = NoiseProbe(config.parallel, dims) if config.monitor.noise_scale_every else None
     gpt, model = build_model(
         config.model,
         max_length=config.train.sequence_length,

@@ -26,7 +26,7 @@ class SafeguardMetrics:
 
     def __init__(self, optimizer: OptimizerSet, safeguards: Safeguards) -> None:
         self.units = safeguards.clipper.unit_names
-        self.limit, self.qk_clip = safeguards.update_limit, safeguards.qk_clip
+        self.limit = safeguards.update_limit
         self.group_of = [group["name"] for group in optimizer.param_groups for _ in group["params"]]
         self._warned: set[str] = set()
         self._forget()

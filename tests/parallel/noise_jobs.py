@@ -10,13 +10,12 @@ from torch import Tensor
 from disttrain.config import OptimConfig, ParallelDims
 from disttrain.config.parallel import ParallelConfig
 from disttrain.data.loader import IGNORE_LABEL
-from disttrain.distributed.mesh import build_mesh
 from disttrain.engines import NativeEngine
 from disttrain.models import GPT_PLAN, init_parameters
 from disttrain.optim import build_optimizer
-from disttrain.parallel import NoiseProbe, SyncRules
-from disttrain.testing.parity import LENGTH, MODELS, global_batch
-from disttrain.train.build import build_gpt, build_model
+from disttrain.parallel import NoiseProbe
+from disttrain.testing.parity import LENGTH, MODELS, global_batch, parity_model
+from disttrain.train.build import build_gpt
 from disttrain.train.step import train_step
 
 CPU = torch.device("cpu")
@@ -26,18 +25,8 @@ ACCUMULATION = 3
 def probed_engine(world: int, settings: dict[str, Any]) -> tuple[NativeEngine, NoiseProbe]:
     parallel = ParallelConfig(**settings)
     dims = ParallelDims.resolve(parallel.strategy, parallel.dp_replicate, parallel.dp_shard, world)
-    blind = parallel.strategy == "hsdp" and dims.dp_shard == 1
-    probe = NoiseProbe(SyncRules.of(parallel), world, blind)
-    gpt, called = build_model(
-        MODELS["modern"],
-        max_length=LENGTH,
-        mesh=build_mesh(dims, "cpu"),
-        parallel=parallel,
-        seed=0,
-        device=CPU,
-        dtype=torch.float64,
-        probe=probe,
-    )
+    probe = NoiseProbe(parallel, dims)
+    gpt, called = parity_model(MODELS["modern"], world, CPU, parallel, probe)
     optimizer = build_optimizer(gpt, OptimConfig(clip_norm=0.1), GPT_PLAN)
     return NativeEngine(gpt, called, optimizer, parallel=parallel, device=CPU, probe=probe), probe
 

@@ -28,7 +28,7 @@ def test_steps_and_tokens_follow_from_each_other(schedule: BatchSchedule) -> Non
         assert {schedule.steps_for(tokens + part) for part in (1, size - 1, size)} == {step + 1}
         tokens += size
         assert schedule.samples_before(tokens) * LENGTH == size
-    assert schedule.samples_at(10**12) == schedule.final
+    assert schedule.samples_at(10**12) == schedule.stages[-1].samples
 
 
 def test_a_linear_ramp_stays_below_its_line_and_ends_on_it() -> None:
