@@ -14,12 +14,12 @@ from disttrain.config.data import DataConfig
 from disttrain.config.groups import Group, ScheduleFreeAdamW
 from disttrain.config.layout import ParallelDims, check_batches
 from disttrain.config.model import ModelConfig
+from disttrain.config.monitor import MonitorConfig, ProfileConfig
 from disttrain.config.optim import OptimConfig
 from disttrain.config.parallel import ParallelConfig
 from disttrain.config.schedule import ScheduleConfig, lr_schedule
 from disttrain.config.train import (
     CheckpointConfig,
-    MonitorConfig,
     ResilienceConfig,
     RunSection,
     TrainConfig,
@@ -39,6 +39,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)
     resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
 
     @model_validator(mode="after")

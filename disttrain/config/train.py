@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from disttrain.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from disttrain.config.base import PositiveFloat, PositiveInt, Section
 from disttrain.schedule import BatchSchedule, constant_batch, doubling_ramp, linear_ramp
 
 
@@ -162,20 +162,6 @@ class CheckpointConfig(Section):
     """Write beside the training, which stands still only for a copy to host memory (as large as what a rank holds)."""
     on_error: Literal["continue", "stop"] = "continue"
     """What a save does that fails (a full disk, say): say so and try again soon, or end the run."""
-
-
-class MonitorConfig(Section):
-    log_every: PositiveInt = 10
-    noise_scale_every: NonNegativeInt = 10
-    """Steps between measurements of the gradient noise scale; 0 for none."""
-    evaluate_every: PositiveInt = 250
-    """Steps between evaluations; the last step always gets one."""
-    evaluate_tokens: PositiveInt = 65_536
-    bigram_baseline: bool = False
-    """Print, at the end, what an add-k bigram model of the same training tokens would reach on the same validation."""
-    sample_prompt: str = "\n"
-    sample_tokens: NonNegativeInt = 128
-    """Tokens of text generated at the end of the run; 0 for none."""
 
 
 class ResilienceConfig(Section):

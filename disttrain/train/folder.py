@@ -6,8 +6,9 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,14 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def traces(self) -> Path:
+        return self.path / "trace"
+
+    @property
     def tokenizer(self) -> Path:
         return self.path / "tokenizer.json"
 
@@ -58,8 +67,9 @@ class RunFolder:
         known = isinstance(status, dict) and isinstance(status.get("step"), int)
         return status if known else {}
 
-    def write_status(self, state: State, step: int) -> None:
-        self._write_json("status.json", {"state": state, "step": step})
+    def write_status(self, state: State, step: int, **about: Any) -> None:
+        """What was said of the run besides (`about`) stays until it is said anew."""
+        self._write_json("status.json", self.read_status() | {"state": state, "step": step} | about)
 
     def write_failed(self) -> None:
         """Failed, at the step that a restart would begin with."""
@@ -71,6 +81,16 @@ class RunFolder:
 
     def write_ownership(self, rows: list[dict[str, Any]], exchanges: list[list[str]]) -> None:
         self._write_json("ownership.json", {"parameters": rows, "matrix_exchanges": exchanges})
+
+    def write_environment(self, environment: dict[str, Any]) -> None:
+        self._write_json("environment.json", environment)
+
+    def add_event(self, kind: str, step: int, text: str) -> dict[str, Any]:
+        """A line of events.jsonl, which no resume shortens. A disk that refuses it costs the line, not the run."""
+        event = {"unix_seconds": time.time(), "step": step, "kind": kind, "text": text}
+        with suppress(OSError), self.events.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+        return event
 
     def add_sample(self, step: int, text: str) -> None:
         with (self.path / "samples.txt").open("a", encoding="utf-8") as file:

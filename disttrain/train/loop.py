@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import torch
 
 from disttrain.checkpoint.local import LocalStorage
 from disttrain.checkpoint.manager import CheckpointManager
+from disttrain.checkpoint.manifest import Manifest
 from disttrain.checkpoint.reading import open_checkpoint
 from disttrain.data.loader import validation_batches
 from disttrain.distributed.env import Ranks
-from disttrain.flops import training_flops_per_token
-from disttrain.monitor import MetricBuffer
+from disttrain.monitor import Ending, StepProfiler
 from disttrain.optim.noise_scale import ENOUGH, NoiseScale
 from disttrain.parallel import device_notes, parameters_will_change
 from disttrain.resilience import StopRequest
@@ -23,12 +22,11 @@ from disttrain.train.build import build_batch_law, build_training
 from disttrain.train.evaluate import evaluate
 from disttrain.train.finish import bigram_line, sample_text
 from disttrain.train.first_update import FirstUpdate
-from disttrain.train.folder import State
-from disttrain.train.group_metrics import GroupMetrics
 from disttrain.train.guard import NumericalGuard
+from disttrain.train.measurements import Measurements
 from disttrain.train.output import RunOutput
 from disttrain.train.preflight import PreparedRun
-from disttrain.train.safeguard_metrics import SafeguardMetrics
+from disttrain.train.run_time import resume_time
 from disttrain.train.saving import RunCheckpoints, room_note
 from disttrain.train.step import StepResult, train_step
 
@@ -45,15 +43,19 @@ class Position:
         return Position(self.step + 1, self.samples + samples, self.tokens + samples * sequence_length)
 
 
-def run_training(run: PreparedRun, ranks: Ranks, device: torch.device) -> State:
+def run_training(run: PreparedRun, ranks: Ranks, device: torch.device) -> Ending:
     """Train to the end or to a requested stop, from the newest checkpoint if there is one. Collective.
 
     Raises UserError (on every rank) when the data, a checkpoint or the disk cannot be used.
     """
     with StopRequest() as stop:
         loop = TrainingLoop(run, ranks, device)
-        state = loop.run(stop)
-        loop.output.leave(state, loop.position.step)
+        try:
+            state = loop.run(stop)
+            loop.output.leave(state)
+        except BaseException as error:
+            loop.output.failed(error)
+            raise
     return state
 
 
@@ -63,11 +65,8 @@ class TrainingLoop:
     def __init__(self, run: PreparedRun, ranks: Ranks, device: torch.device) -> None:
         self.config, self.data, self.ranks, self.device = run.config, run.data, ranks, device
         self.parts = build_training(run.config, run.data, ranks, device)
-        self.groups = GroupMetrics(self.parts.optimizer)
-        self.safeguards = SafeguardMetrics(self.parts.optimizer, self.parts.safeguards)
-        self.noise = NoiseScale(torch.device("cpu") if run.config.parallel.cpu_offload else device)
         self.guard = NumericalGuard(self.parts.optimizer.parameter_names, run.config.parallel.param_dtype == "fp16")
-        self.metrics = MetricBuffer({"loss_sum": "sum", "data_seconds": "max", "skipped_steps": "sum"}, device)
+        self.noise = NoiseScale(torch.device("cpu") if run.config.parallel.cpu_offload else device)
         section = run.config.checkpoint
         manager = CheckpointManager(
             LocalStorage(run.folder.checkpoints),
@@ -76,20 +75,24 @@ class TrainingLoop:
             keep_every=section.keep_every,
             asynchronous=section.asynchronous,
         )
-        self.position, self.batches, notes = self._begin(manager)
+        resumed, self.batches, notes = self._begin(manager)
+        self.position = Position(resumed.step, resumed.samples, resumed.tokens) if resumed else Position()
         self.total_steps = self.batches.schedule.steps_of(run.config.train.steps, run.config.train.tokens)
         # Lengths in steps go by the batches that the config names, whatever the run has made of them since.
         self.law = build_batch_law(run.config, self.parts.optimizer, run.config.train.batches())
         notes += device_notes(run.config.parallel, device) + room_note(manager, self._state())
-        self.output = RunOutput(run, ranks, self.position.step, self.total_steps, notes)
+        self.run_time = resume_time(run.started, resumed.extra if resumed else {}, run.earlier)
+        self.output = RunOutput(run, ranks, device, self.run_time, resumed, self.total_steps, notes)
         self.output.announce(self.parts.optimizer, self.parts.safeguards)
         self.first_update = FirstUpdate(self.parts.optimizer, self.output)
         self.checkpoints = RunCheckpoints(manager, section, self.output)
-        self.first_step = self.logged_step = self.position.step
-        self.logged_tokens = self.position.tokens
-        self.logged_at = time.perf_counter()
+        self.profiler = StepProfiler(run.config.profile.steps, run.folder.traces, ranks, device)
+        self.measured = Measurements(
+            run.config, self.parts, ranks, device, self.run_time, self.noise, self.position.samples
+        )
 
-    def run(self, stop: StopRequest) -> State:
+    def run(self, stop: StopRequest) -> Ending:
+        self.run_time.ready()
         while self.position.step < self.total_steps:
             stopping = self._step(stop.wanted)
             step, last = self.position.step, self.position.step >= self.total_steps
@@ -100,20 +103,25 @@ class TrainingLoop:
                 self._save(last=last or stopping)
             if stopping and not last:
                 return "preempted"
-        self._finish()
+        with self.run_time.lost_to("finish"):
+            self._finish()
         return "completed"
 
     def _step(self, stop_wanted: bool) -> bool:
         """One optimizer step; whether the ranks have agreed to stop after it."""
-        began = time.perf_counter()
         samples = self.batches.schedule.samples_at(self.position.tokens)
-        batches = self.parts.loader.microbatches(self.position.samples, samples)
-        self.metrics.add("data_seconds", time.perf_counter() - began)
         length, every = self.config.train.sequence_length, self.config.monitor.noise_scale_every
         reached = self.position.after(samples, length)
+        logging = reached.step % self.config.monitor.log_every == 0 or reached.step in (1, self.total_steps)
+        self.profiler.before(reached.step)
+        self.first_update.before()
+        self.measured.before(logging)
+        clock = self.measured.clock
+        clock.start()
+        batches = self.parts.loader.microbatches(self.position.samples, samples)
+        clock.lap("data")
         for line in self.law.follow(samples * length):
             self.output.say(line)
-        self.first_update.before()
         result = train_step(
             self.parts.engine,
             [(torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)) for batch in batches],
@@ -122,22 +130,32 @@ class TrainingLoop:
             stop_wanted=stop_wanted,
             saving=self.checkpoints.busy,
             measure_noise=bool(every) and reached.step % every == 0,
+            lap=clock.lap,
         )
-        self.position, step = reached, reached.step
-        self.guard.look(step, result.update)
+        clock.stop()
+        self.position = reached
+        self.output.reached(reached.step, reached.tokens)
+        self.guard.look(reached.step, result.update)
+        self.measured.after(result)
         self.first_update.after(result.update)
-        self.metrics.add("skipped_steps", result.update.skipped)
-        self.groups.add(result.update.norms)
-        self.safeguards.add(result.update)
-        if (chunks := result.update.norms.chunks) is not None:
-            total = result.update.norms.total.square()
-            self.noise.add(total, chunks, result.valid_tokens, result.chunk_squares)
-        if step % self.config.monitor.log_every == 0 or step in (self.first_step + 1, self.total_steps):
-            self.metrics.add("loss_sum", result.loss_sum)
-            self._log(result)
+        if logging:
+            self._log(result, samples * length)
+        for line in self.profiler.after(reached.step):
+            self.output.say(line)
         self._follow_noise()
-        self.checkpoints.look(step, result.saving)
+        self.checkpoints.look(reached.step, result.saving)
         return result.stop
+
+    def _log(self, result: StepResult, batch_tokens: int) -> None:
+        """The loss of this very step, so that a trace does not depend on where a run was resumed."""
+        self.guard.settle()
+        for warning in self.measured.safeguards.warnings():
+            self.output.warn(f"step {self.position.step}: {warning}")
+        left = self.total_steps - self.position.step
+        record = self.measured.row(
+            result, step=self.position.step, samples=self.position.samples, steps_left=left, batch_tokens=batch_tokens
+        )
+        self.output.log(record)
 
     def _follow_noise(self) -> None:
         """Double the batch where `train.batch_auto` says so; all ranks have the same averages."""
@@ -153,41 +171,6 @@ class TrainingLoop:
         self.output.total(self.total_steps)
         self.output.say(f"noise scale of {scale:,.0f} tokens: the batch goes from {batch:,} to {2 * batch:,} tokens")
 
-    def _log(self, result: StepResult) -> None:
-        """The loss of this very step, so that a trace does not depend on where a run was resumed."""
-        self.guard.settle()
-        reduced = self.metrics.reduce()
-        now, steps = time.perf_counter(), self.position.step - self.logged_step
-        step_seconds = (now - self.logged_at) / steps
-        tokens_per_second = (self.position.tokens - self.logged_tokens) / (now - self.logged_at)
-        model, train = self.config.model, self.config.train
-        flops = training_flops_per_token(
-            self.parts.gpt.matmul_parameters, model.n_layers, model.d_model, train.sequence_length
-        )
-        record = {
-            "step": self.position.step,
-            "tokens": self.position.tokens,
-            "loss": reduced["loss_sum"] / max(result.valid_tokens, 1),
-            "grad_norm": result.update.grad_norm.item(),
-            "valid_tokens": result.valid_tokens,
-            "global_batch_tokens": self.batches.schedule.samples_before(self.position.tokens) * train.sequence_length,
-            "tokens_per_second": tokens_per_second,
-            "model_flops_per_second": tokens_per_second * flops,
-            "step_seconds": step_seconds,
-            "data_seconds": reduced["data_seconds"],
-            "seconds_left": step_seconds * (self.total_steps - self.position.step),
-            **self.groups.record(result.update.norms),
-        }
-        for warning in self.safeguards.warnings():
-            self.output.warn(f"step {self.position.step}: {warning}")
-        record |= self.safeguards.record(result.update)
-        record |= self.noise.record(train.sequence_length * self.ranks.world)
-        if self.config.parallel.param_dtype == "fp16":
-            record["loss_scale"] = result.update.loss_scale.item()
-            record["skipped_steps"] = reduced["skipped_steps"] / self.ranks.world
-        self.output.log(record)
-        self.logged_step, self.logged_tokens, self.logged_at = self.position.step, self.position.tokens, now
-
     def _evaluate(self) -> None:
         train = self.config.train
         batches = validation_batches(
@@ -198,23 +181,21 @@ class TrainingLoop:
             self.ranks.world,
             train.microbatch_size,
         )
-        began = time.perf_counter()
-        with self.parts.engine.evaluation_weights():
+        with self.run_time.lost_to("evaluation"), self.parts.engine.evaluation_weights():
             result = evaluate(self.parts.model, batches, self.data.bytes_per_token, self.device)
-        self.output.log_validation(self.position.step, self.position.tokens, result.loss, result.bits_per_byte)
-        self.logged_at += time.perf_counter() - began
+        self.output.log_validation(result.loss, result.bits_per_byte)
 
-    def _begin(self, manager: CheckpointManager) -> tuple[Position, RunBatches, list[str]]:
-        """Load the newest checkpoint that verifies; the position it stands for, and what to tell about it."""
+    def _begin(self, manager: CheckpointManager) -> tuple[Manifest | None, RunBatches, list[str]]:
+        """Load the newest checkpoint that verifies; what it says of itself, and what to tell about it."""
         found = manager.latest()
         if found is None:
-            return Position(), begin_batches(self.config, self.ranks.world), self._initial_weights()
+            return None, begin_batches(self.config, self.ranks.world), self._initial_weights()
         notes = [*found.rejected, *manager.load(self._state(), found)]
         self.parts.engine.loaded()
         manifest = found.manifest
         notes.append(f"resumed from {found.place} (step {manifest.step})")
         batches, changes = resume_batches(self.config, self.ranks.world, manifest.tokens, manifest.extra)
-        return Position(manifest.step, manifest.samples, manifest.tokens), batches, notes + changes
+        return manifest, batches, notes + changes
 
     def _state(self) -> dict[str, torch.Tensor]:
         return {**self.parts.engine.state(), **self.noise.state()}
@@ -232,19 +213,18 @@ class TrainingLoop:
 
     def _save(self, last: bool) -> None:
         self.guard.settle()
-        began = time.perf_counter()
-        self.checkpoints.save(
-            self._state(),
-            last=last,
-            step=self.position.step,
-            samples=self.position.samples,
-            tokens=self.position.tokens,
-            config=self.config.model_dump(mode="json"),
-            data=self.data.identity,
-            strategy=self.config.parallel.strategy,
-            extra=self.batches.record(),
-        )
-        self.logged_at += time.perf_counter() - began
+        with self.run_time.lost_to("checkpoint"):
+            self.checkpoints.save(
+                self._state(),
+                last=last,
+                step=self.position.step,
+                samples=self.position.samples,
+                tokens=self.position.tokens,
+                config=self.config.model_dump(mode="json"),
+                data=self.data.identity,
+                strategy=self.config.parallel.strategy,
+                extra={**self.batches.record(), **self.run_time.record(), "wandb": {"id": self.output.wandb_id}},
+            )
 
     def _finish(self) -> None:
         """A sample (every rank computes it: the model may be sharded), and the bar to compare with."""
@@ -254,4 +234,4 @@ class TrainingLoop:
         if self.ranks.is_first:
             if self.config.monitor.bigram_baseline:
                 self.output.say(bigram_line(self.config, self.data, self.parts.order, self.position.samples))
-            self.output.sample(self.position.step, text)
+            self.output.sample(text)

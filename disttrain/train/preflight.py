@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from disttrain.config import RunConfig
 from disttrain.config.load import flat_items
 from disttrain.data.source import Data, check_length, check_token_ids, open_data
 from disttrain.errors import UserError
+from disttrain.train.extras import check_extras
 from disttrain.train.folder import RunFolder
 
 _FIXED = ("model.", "train.sequence_length", "train.seed")
@@ -28,13 +30,16 @@ _SILENT = ("run.", "monitor.", "data.")
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A checked run: `config` knows its vocabulary, `data` is open, `notes` are lines to print."""
+    """A checked run: `config` knows its vocabulary, `data` is open, `notes` are lines to print. `started` is when this
+    start of it began (Unix time), `earlier` the status that the one before has left."""
 
     config: RunConfig
     data: Data
     folder: RunFolder
     run_id: str
     notes: tuple[str, ...]
+    started: float = field(default_factory=time.time)
+    earlier: dict[str, Any] = field(default_factory=dict)
 
 
 def is_complete(config: RunConfig) -> bool:
@@ -52,6 +57,8 @@ def is_complete(config: RunConfig) -> bool:
 
 def prepare_run(config: RunConfig) -> PreparedRun:
     """Open the data, settle the vocabulary, and compare with what the run folder already holds; UserError otherwise."""
+    started = time.time()
+    check_extras(config.monitor)
     if config.parallel.compile and not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError(
             "parallel.compile = true: torch.compile calls a C++ compiler, and neither g++ nor clang++ is on PATH; "
@@ -64,7 +71,8 @@ def prepare_run(config: RunConfig) -> PreparedRun:
     config = config.with_vocab_size(vocab_size)
     folder = RunFolder(config.run_dir)
     notes = (*data.notes, *_schedule_notes(config), *_compare_with_checkpoint(config, data, folder))
-    return PreparedRun(config, data, folder, _run_id(config, data), notes)
+    earlier = {} if config.run.resume == "never" else folder.read_status()
+    return PreparedRun(config, data, folder, _run_id(config, data), notes, started, earlier)
 
 
 def open_config_data(config: RunConfig) -> Data:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,24 +39,29 @@ def train_step(
     stop_wanted: bool = False,
     saving: bool = False,
     measure_noise: bool = False,
+    lap: Callable[[str], None] = lambda part: None,
 ) -> StepResult:
     """One optimizer step on this rank's `microbatches` of (tokens, labels) [rows, length], CPU tensors.
 
     The loss is the sum over all tokens of the global batch over their number, whatever the ranks' shares are.
-    A batch without any valid token has zero gradients.
+    A batch without any valid token has zero gradients. `lap` is told which part of the step has just ended.
     """
     tokens_of_each = [int((labels != IGNORE_LABEL).sum()) for _, labels in microbatches]
     chunks = engine.begin_step(measure_noise, tokens_of_each)
     valid_tokens, stops, savers, chunk_squares = dist_sum_integers(
         sum(tokens_of_each), int(stop_wanted), int(saving), sum(chunk**2 for chunk in chunks)
     )
+    lap("communication")
 
     loss_sum = torch.zeros((), device=device)
     for index, (tokens, labels) in enumerate(microbatches):
         last = index == len(microbatches) - 1
         loss = engine.forward(tokens.to(device), labels.to(device), last)
+        lap("forward")
         engine.backward(loss / max(valid_tokens, 1))
         loss_sum = loss_sum + loss.detach()
+        lap("backward")
 
     update = engine.finish_step(lr_factor)
+    lap("optimizer")
     return StepResult(loss_sum, update, valid_tokens, chunk_squares, stop=stops > 0, saving=savers > 0)

@@ -81,7 +81,16 @@ def refused(ended: Ended) -> list[str]:
 
 
 def status(folder: Path) -> dict[str, Any]:
+    """State and step; where the time went besides is `full_status`."""
+    return {key: full_status(folder)[key] for key in ("state", "step")}
+
+
+def full_status(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "status.json").read_text())
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -146,7 +146,8 @@ def test_config_shows_values_and_origins(config: Path, tmp_path: Path) -> None:
     assert ended.exit_code == 0
     table = tomllib.loads(ended.stdout)
     assert (table["train"]["steps"], table["optim"]["lr"], table["model"]["d_model"]) == (7, 1e-2, 16)
-    origins = dict(re.findall(r"^(?:# )?(\w+) .*? # (.+)$", ended.stdout, flags=re.MULTILINE))
+    # The first of a name wins: other sections have a name and steps too.
+    origins = dict(reversed(re.findall(r"^(?:# )?(\w+) .*? # (.+)$", ended.stdout, flags=re.MULTILINE)))
     assert origins["steps"] == "override 'train.steps=7'"
     assert origins["lr"] == f"{child}:4"
     assert origins["d_model"] == f"{config}:6"

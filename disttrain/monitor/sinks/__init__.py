@@ -1,7 +1,8 @@
 """Where metrics go; each sink lives on rank 0 only."""
 
-from disttrain.monitor.sinks.base import Sink
+from disttrain.monitor.sinks.background import BackgroundSink
+from disttrain.monitor.sinks.base import Ending, Event, Sink
 from disttrain.monitor.sinks.console import ConsoleSink
-from disttrain.monitor.sinks.jsonl import JsonlSink
+from disttrain.monitor.sinks.jsonl import JsonlSink, read_rows
 
-__all__ = ["ConsoleSink", "JsonlSink", "Sink"]
+__all__ = ["BackgroundSink", "ConsoleSink", "Ending", "Event", "JsonlSink", "Sink", "read_rows"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+from disttrain.monitor.record import Histogram, Record, Value, plain
 
 
 class JsonlSink:
@@ -17,10 +19,8 @@ class JsonlSink:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._waiting = b""
 
-    def log(self, record: dict[str, float]) -> None:
-        # NaN is no JSON: a number that is not finite is written as its name.
-        plain = {key: value if math.isfinite(value) else str(value) for key, value in record.items()}
-        self._waiting += json.dumps(plain).encode() + b"\n"
+    def log(self, record: Record) -> None:
+        self._waiting += json.dumps(plain(record)).encode() + b"\n"
         # A full disk must not end a run: what it does not take now, it may take with the next record.
         with suppress(OSError):
             self._write()
@@ -35,6 +35,19 @@ class JsonlSink:
     def _write(self) -> None:
         while self._waiting:
             self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+
+
+def read_rows(path: Path) -> Iterator[Record]:
+    """The rows of a whole file, as they were logged; nothing where there is none."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            yield {key: _value(value) for key, value in json.loads(line).items()}
+
+
+def _value(value: object) -> Value:
+    if isinstance(value, dict):
+        return Histogram(tuple(value["edges"]), tuple(value["counts"]))
+    return float(str(value)) if not isinstance(value, int | float) else value
 
 
 def _truncate(path: Path, last_step: int) -> None:
