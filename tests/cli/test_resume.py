@@ -33,7 +33,8 @@ def test_same_layout(half: Path, config: Path, finished_folder: Path, tmp_path: 
     assert [row["step"] for row in rows(folder) if "loss" in row] == list(range(1, 41))
     assert losses(folder) == losses(finished_folder)
     exact = ("loss", "lr", "grad_norm", "validation_loss", "tokens")
-    parts = [[row for row in rows(run) if {"loss", "validation_loss"} & row.keys()] for run in (folder, finished_folder)]
+    told = {"loss", "validation_loss"}
+    parts = [[row for row in rows(run) if told & row.keys()] for run in (folder, finished_folder)]
     for mine, whole in zip(*parts, strict=True):
         assert {key: mine.get(key) for key in exact} == {key: whole.get(key) for key in exact}
     assert status(folder) == {"state": "completed", "step": 40}
