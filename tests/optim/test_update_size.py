@@ -1,4 +1,4 @@
-"""Root mean squares of weights and updates: the same whatever the layout, from all elements or from a sample of rows."""
+"""Root mean squares of weights and updates: the same on every layout, of all elements or of a sample of rows."""
 
 import math
 
@@ -22,7 +22,7 @@ def rows_of(tensor: Tensor, elements: int) -> Tensor:
 @pytest.mark.parametrize("elements", [65_536, 12])
 @pytest.mark.parametrize("world", [2, 4])
 def test_sizes_do_not_depend_on_the_layout(pool: RankPool, world: int, strategy: str, elements: int) -> None:
-    for values, (before, after) in pool.run("tests.optim.size_jobs:sizes", world, strategy, elements):
+    for values, (before, after) in pool.run("tests.optim.size_jobs:sizes", world, strategy=strategy, elements=elements):
         samples = {n: (rows_of(before[n], elements), rows_of(after[n], elements)) for n in before}
         pairs = {**samples, "all": tuple(torch.cat([pair[i].flatten() for pair in samples.values()]) for i in (0, 1))}
         for name, (old, new) in pairs.items():
