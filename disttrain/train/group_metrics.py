@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from disttrain.config.clipping import ClipNorm
 from disttrain.optim import GradientNorms, OptimizerSet
 
 
@@ -13,6 +14,7 @@ class GroupMetrics:
 
     def __init__(self, optimizer: OptimizerSet) -> None:
         self.groups = optimizer.param_groups
+        self._thresholds = self._limits()
         self._shares: Tensor | None = None
         self._steps = 0
 
@@ -32,4 +34,12 @@ class GroupMetrics:
         record = {"lr": largest["lr"]}
         for key, row in zip(("grad_norm", "clip_scale", "clip_share"), rows, strict=True):
             record |= {f"{key}/{group['name']}": value for group, value in zip(self.groups, row, strict=True)}
-        return record | {f"lr/{group['name']}": group["lr"] for group in self.groups}
+        return record | {f"lr/{group['name']}": group["lr"] for group in self.groups} | self._thresholds
+
+    def _limits(self) -> dict[str, float]:
+        """`clip_threshold`, of the norm of all groups, and `clip_threshold/GROUP`, where 2-norms are limited so."""
+        found = {}
+        for group in self.groups:
+            if isinstance(clip := group["config"].clip, ClipNorm) and clip.order == 2:
+                found["clip_threshold" if clip.over == "all" else f"clip_threshold/{group['name']}"] = clip.limit
+        return found
