@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,8 @@ class StepProfiler:
             torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_cuda else [])]
         self._first, self._profile = step, profile(activities=activities)
-        self._profile.__enter__()
+        with _quiet():
+            self._profile.__enter__()
 
     def after(self, step: int) -> list[str]:
         """Lines to tell, on the first rank, once the last step has been profiled; nothing otherwise."""
@@ -41,7 +46,8 @@ class StepProfiler:
         if self.on_cuda:
             torch.cuda.synchronize()
         profiled, self._profile = self._profile, None
-        profiled.__exit__(None, None, None)
+        with _quiet():
+            profiled.__exit__(None, None, None)
         try:
             summary = self._write(profiled, step)
         except OSError as error:
@@ -62,6 +68,20 @@ class StepProfiler:
         summary = about | summarise_trace(events, step - self._first + 1)
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         return summary
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines that torch's tracer prints on stderr at any log level, into the middle of a progress bar."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def describe(summary: dict[str, Any], folder: Path) -> list[str]:

@@ -125,6 +125,7 @@ def test_a_profile(config: Path, tmp_path: Path) -> None:
     assert 0 <= summary["exposed_communication_seconds"] <= summary["communication_seconds"]
     assert summary["step_seconds"] > 0
     assert "profile of steps 3 to 4" in ended.out
+    assert ended.err == ""  # torch's tracer would write there
     for rank in range(2):
         names = {e.get("name") for e in json.loads((tmp_path / f"trace/rank-{rank}.json").read_text())["traceEvents"]}
         assert "aten::mm" in names
