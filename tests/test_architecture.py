@@ -35,6 +35,7 @@ TORCH_FREE = (
     "disttrain.checkpoint.placement",
     "disttrain.checkpoint.untrusted",
     "disttrain.distributed.env",
+    "disttrain.report",
     "disttrain.cli.app",
 )
 IMPORTED_IN_THE_CHILD = {("disttrain.testing.process", "disttrain.testing.worker")}

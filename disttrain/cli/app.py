@@ -13,6 +13,7 @@ from disttrain.cli.config import config_command
 from disttrain.cli.evaluate import evaluate_command
 from disttrain.cli.generate import generate_command
 from disttrain.cli.problems import leave_with_problems
+from disttrain.cli.report import report_command
 from disttrain.cli.train import train_command
 from disttrain.cli.verify import verify_command
 from disttrain.distributed.env import Ranks, read_ranks
@@ -30,6 +31,7 @@ app.command("config")(config_command)
 app.command("generate")(generate_command)
 app.command("evaluate")(evaluate_command)
 app.command("verify")(verify_command)
+app.command("report")(report_command)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def test_one_run_has_every_section(runs: tuple[Path, ...]) -> None:
             "Model FLOPs utilisation (MFU)",
             "Time of a step",
             "Step times of all ranks",
-            "Step time by rank",
+            "Step time without waiting, by rank",
         ),
         *("Device memory", "Goodput", "Where the wall time went", "Time line", "Profile", "Who owns which parameter"),
     ):
@@ -113,8 +114,7 @@ def test_several_runs(runs: tuple[Path, ...], tmp_path: Path) -> None:
     # A run has one colour in every chart: that of its dot.
     colours = re.findall(r'data-run="(\d)"[^>]*><i class="dot" style="background:(#\w+)"', html)
     assert len(set(colours)) == 3
-    charts = {chart["layout"].get("yaxis", {}).get("title", ""): chart for chart in stored(html)["charts"]}
-    for chart in charts.values():
+    for chart in stored(html)["charts"]:
         for trace, run in zip(chart["data"], chart["runs"], strict=True):
             if run >= 0 and trace["type"] == "scatter":
                 colour = trace["line"]["color"] if "line" in trace else trace["marker"]["color"]
@@ -160,9 +160,17 @@ def test_nothing_is_loaded(runs: tuple[Path, ...]) -> None:
 
 
 def test_three_long_runs_stay_small(tmp_path: Path) -> None:
-    first = write_example(tmp_path / "a", Example("a", rows=20_000, log_every=1))
-    folders = [first, *(shutil.copytree(first, tmp_path / name) for name in "bc")]
-    html = page(*folders)
+    """As many rows as a month of training writes, from a hundred that come again and again."""
+    folder = write_example(tmp_path / "a", Example("a", rows=100, units=8))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    block = [row for row in map(json.loads, lines[:-1]) if "loss" in row]
+    pairs = enumerate(block * 200)
+    long = "".join(
+        json.dumps(row | {"step": n, "tokens": 9**6 * n, "unix_seconds": 1e9 + n}) + "\n" for n, row in pairs
+    )
+    (folder / "metrics.jsonl").write_text(long)
+    [run] = read_runs([folder])
+    html = build_page([run, replace(run, label="b"), replace(run, label="c")]).html
     assert len(html.encode()) < LARGEST_BYTES
     longest = max(len(axes["step"]["bdata"]) for chart in stored(html)["charts"] for axes in chart["axes"] if axes)
     assert longest / 4 * 3 / 4 <= 1001
@@ -201,3 +209,12 @@ def test_odd_values_anywhere_break_nothing(share: float, tmp_path: Path) -> None
             file.write_text("".join(json.dumps(odd(line)) + "\n" for line in lines) + json.dumps(whole) + "\n")
         assert len(page(run)) > 10**6
         assert len(page(run, folder)) > 10**6
+
+
+def test_a_run_that_goes_on_is_as_far_as_its_rows(runs: tuple[Path, ...], tmp_path: Path) -> None:
+    folder = shutil.copytree(runs[0], tmp_path / "run")
+    (folder / "status.json").write_text('{"state": "running", "step": 0}')
+    text = " ".join(" ".join(Reader(page(folder)).words).split())
+    assert "running" in text
+    assert "Step 3,990 of 4,000, 5.2 s left" in text
+    assert "Wall time 42 min" in text

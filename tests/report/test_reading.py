@@ -14,7 +14,9 @@ from disttrain.errors import UserError
 from disttrain.report.details import flattened
 from disttrain.report.histogram import step_times
 from disttrain.report.run_files import distinct_labels, read_lines, read_run, read_runs, split_samples
-from disttrain.report.run_record import RunRecord, number
+from disttrain.report.run_record import RunRecord
+from disttrain.report.speed_charts import step_parts
+from disttrain.report.table import number
 
 
 def record(*rows: dict, **more: object) -> RunRecord:
@@ -58,7 +60,7 @@ def test_curves_hold_what_is_there() -> None:
     assert (mfu.step.tolist(), mfu.tokens.tolist(), mfu.values.tolist()) == ([2], [20], [0.4])
     assert run.curve("grad_norm") is None
     # Checkpoint rows carry no tokens: they are those of their step.
-    checkpoint = run.curve("checkpoint_bytes", run.checkpoint_rows)
+    checkpoint = run.checkpoints.curve("checkpoint_bytes")
     assert checkpoint is not None
     assert checkpoint.tokens.tolist() == [20]
 
@@ -133,9 +135,27 @@ def test_step_times_add_up() -> None:
     assert times is not None
     assert (times.edges.tolist(), times.counts.tolist()) == ([1, 2, 3], [3, 1])
     assert (times.quantile(0.5), times.quantile(1.0)) == (2.0, 3.0)
+    # Rows that show no more than their filled bins of the same edges: still exact, with a gap between 3 and 5.
+    parts = step_times(record(row([1, 2, 3], [4, 1]), row([2, 3], [2]), row([5, 6], [1])))
+    assert parts is not None
+    assert (parts.edges.tolist(), parts.counts.tolist()) == ([1, 2, 3, 5, 6], [4, 3, 0, 1])
     # Other edges (the run was restarted with other settings): no step is lost.
     mixed = step_times(record(row([1, 2, 3], [3, 1]), row([0.5, 1.5, 9.5], [2, 5])))
     assert mixed is not None
     assert mixed.counts.sum() == 11
     bad = [row([1, 2], [1, 2]), row([2, 1], [1]), row([1, 2], ["x"]), row(["nan", 2], [1]), row([1, 2], [0])]
     assert step_times(record(*bad, {"step": 1, "loss": 1.0})) is None
+
+
+def test_the_parts_of_a_step_add_up() -> None:
+    row = {"step": 1, "loss": 1.0, "step_seconds": 1.0, "forward_seconds": 0.3, "backward_seconds": 0.5}
+    other = {"step": 2, "loss": 1.0, "step_seconds": 0.5, "forward_seconds": 0.2, "backward_seconds": "nan"}
+    found = step_parts(record(row | {"checkpoint_seconds": 2.0}, {"step": 2, "loss": 1.0}, other))
+    assert found is not None
+    total, parts = found
+    assert list(parts) == ["forward", "backward", "other", "checkpoint"]
+    assert total.step.tolist() == [1, 2]
+    # Checkpoints stand between steps: they come on top of step_seconds.
+    assert total.values.tolist() == pytest.approx([3.0, 0.5])
+    assert parts["other"].tolist() == pytest.approx([0.2, 0.3])
+    assert step_parts(record({"step": 1, "loss": 1.0, "step_seconds": 1.0, "data_seconds": 0.1})) is None
