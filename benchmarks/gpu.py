@@ -77,7 +77,17 @@ def commands(gpus: int, scratch: str) -> dict[str, list[str]]:
             "optim.clip.kind=adaptive",
             "optim.clip.warmup_steps=20",
         ],
-        "training": [*disttrain, "train", "configs/quickstart.toml", "device=cuda", *run],
+        "training, watched": [
+            *disttrain,
+            "train",
+            "configs/quickstart.toml",
+            "device=cuda",
+            *run,
+            "profile.steps=[20,22]",
+            "monitor.rank_metrics=true",
+            "monitor.tensorboard.enabled=true",
+        ],
+        "its report": [*disttrain, "report", f"{scratch}/run"],
     }
 
 
