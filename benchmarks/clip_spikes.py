@@ -73,11 +73,11 @@ class Spiked:
         self.evaluation_weights, self.state = self.engine.evaluation_weights, self.engine.state
         self.loaded, self.weights_changed = self.engine.loaded, self.engine.weights_changed
 
-    def finish_step(self, lr_factor: float | Sequence[float]) -> UpdateResult:
+    def finish_step(self, lr_factor: float | Sequence[float], loss: Tensor | None = None) -> UpdateResult:
         self.step += 1
         if self.step in self.spikes:
             self._spoil(self.spikes.index(self.step))
-        return self.engine.finish_step(lr_factor)
+        return self.engine.finish_step(lr_factor, loss)
 
     @torch.no_grad()
     def _spoil(self, number: int) -> None:

@@ -69,8 +69,9 @@ def draws(rank: int, world: int) -> list[tuple[float, float]]:
         batch = (rows[picked, :-1], rows[picked, 1:])
         result = train_step(engine, [batch], lr_factor=0.0, device=CPU, measure_noise=True)
         norms = result.update.norms
-        assert norms.chunks is not None
-        signal, noise = noise_estimates(norms.total.square(), norms.chunks, result.valid_tokens, result.chunk_squares)
+        chunks = result.update.chunks
+        assert chunks is not None
+        signal, noise = noise_estimates(norms.total.square(), chunks, result.valid_tokens, result.chunk_squares)
         found.append((signal.item(), noise.item()))
     return found
 

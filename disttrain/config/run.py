@@ -17,10 +17,10 @@ from disttrain.config.model import ModelConfig
 from disttrain.config.monitor import MonitorConfig, ProfileConfig
 from disttrain.config.optim import OptimConfig
 from disttrain.config.parallel import ParallelConfig
+from disttrain.config.resilience import ResilienceConfig
 from disttrain.config.schedule import ScheduleConfig, lr_schedule
 from disttrain.config.train import (
     CheckpointConfig,
-    ResilienceConfig,
     RunSection,
     TrainConfig,
 )

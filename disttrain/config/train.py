@@ -162,8 +162,3 @@ class CheckpointConfig(Section):
     """Write beside the training, which stands still only for a copy to host memory (as large as what a rank holds)."""
     on_error: Literal["continue", "stop"] = "continue"
     """What a save does that fails (a full disk, say): say so and try again soon, or end the run."""
-
-
-class ResilienceConfig(Section):
-    collective_timeout_seconds: Annotated[float, Field(gt=0, le=7 * 86_400)] = 600.0
-    """How long a process waits for its peers inside one collective before it gives up."""

@@ -13,6 +13,7 @@ from disttrain.checkpoint.state import training_state
 from disttrain.config.parallel import ParallelConfig
 from disttrain.engines.protocol import UpdateResult
 from disttrain.optim import GradientClipper, LossScale, OptimizerSet, Safeguards, set_learning_rate
+from disttrain.optim.anomaly import Verdict, finite_verdict
 from disttrain.parallel import NoiseProbe, SyncRules, parameters_will_change, set_gradient_sync
 
 
@@ -56,11 +57,19 @@ class NativeEngine:
         if self.probe is not None:
             self.probe.after_backward(self._parameters)
 
-    def finish_step(self, lr_factor: float | Sequence[float]) -> UpdateResult:
-        guards = self.safeguards
-        chunks = self.probe.squares(self.loss_scale.scale) if self.probe and self.probe.measuring else None
-        norms = guards.clipper.dist_clip(1.0 / self.loss_scale.scale, chunks)
-        skipped = (~torch.isfinite(norms.total)).float()
+    def finish_step(self, lr_factor: float | Sequence[float], loss: Tensor | None = None) -> UpdateResult:
+        guards, scale = self.safeguards, self.loss_scale.scale
+        verdicts: list[Tensor] = []
+
+        def accepts(norm: Tensor, sums: Tensor) -> Tensor:
+            verdicts.append(guards.judge.judge(sums[0], norm) if guards.judge else finite_verdict(norm))
+            return verdicts[0] == Verdict.GOOD
+
+        measuring = self.probe is not None and self.probe.measuring
+        chunks = self.probe.squares(scale) if self.probe and measuring else torch.zeros_like(scale)
+        share = torch.zeros_like(scale) if loss is None else loss.to(scale.device)
+        norms = guards.clipper.dist_clip(1.0 / scale, torch.stack([share.double(), chunks.double()]), accepts)
+        skipped = (verdicts[0] != Verdict.GOOD).float()
         set_learning_rate(self.optimizer, lr_factor)
         if guards.update_limit:
             guards.update_limit.remember()
@@ -68,8 +77,10 @@ class NativeEngine:
         ratios = guards.update_limit.dist_apply() if guards.update_limit else None
         logits = guards.qk_clip.dist_apply(skipped) if guards.qk_clip else None
         self.optimizer.zero_grad()
-        self.loss_scale.update(skipped)
-        return UpdateResult(norms, skipped, self.loss_scale.scale, ratios, logits)
+        summed = norms.extras[1] / scale.double().square() if norms.extras is not None and measuring else None
+        # A spike is none of the loss scale's business.
+        self.loss_scale.update((verdicts[0] == Verdict.GRADIENT_NOT_FINITE).float())
+        return UpdateResult(norms, skipped, verdicts[0], self.loss_scale.scale, summed, ratios, logits)
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
@@ -84,6 +95,7 @@ class NativeEngine:
             **training_state(self.module, self.optimizer),
             **self.loss_scale.state(),
             **self.safeguards.clipper.state(),
+            **(self.safeguards.judge.state() if self.safeguards.judge else {}),
         }
 
     def loaded(self) -> None:

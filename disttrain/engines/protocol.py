@@ -19,9 +19,13 @@ class UpdateResult:
     norms: GradientNorms
     """Before clipping, without the loss scale; and how much was clipped."""
     skipped: Tensor
-    """1 when the update was left out because a gradient was not finite, else 0."""
+    """1 when the update was left out, else 0."""
+    verdict: Tensor
+    """Why it was left out: a `Verdict` as an integer."""
     loss_scale: Tensor
     """What the next step's loss is multiplied by before the backward; 1 without fp16."""
+    chunks: Tensor | None = None
+    """Sum over all ranks of the squared norms of their own gradients, where they were measured."""
     update_ratios: Tensor | None = None
     """[parameters] how far each would have moved relative to its norm, where updates are limited."""
     logits: AttentionLogits | None = None
@@ -46,10 +50,11 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def finish_step(self, lr_factor: float | Sequence[float]) -> UpdateResult:
+    def finish_step(self, lr_factor: float | Sequence[float], loss: Tensor | None = None) -> UpdateResult:
         """Clip, update at `lr_factor` times the rates (one for all groups, or one each), and drop the gradients.
 
-        With a gradient that is not finite nothing is updated.
+        `loss` is this rank's share of the mean loss, a scalar, for the judge. With a gradient that is not finite, or
+        where the judge finds the step bad, nothing is updated.
         """
         ...
 

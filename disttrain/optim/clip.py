@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from disttrain.optim.param_groups import matching
 from disttrain.optim.sharding import local, world_size
 
 Groups = Sequence[Mapping[str, Any]]
+Accepts = Callable[[Tensor, Tensor], Tensor]
 _NO_PLAN = ShardingPlan((), {}, ())
 _STATE = "service.clip"
 """A checkpoint without these histories loads too: they begin anew."""
@@ -56,8 +57,8 @@ class GradientNorms:
     """[groups] how much was clipped: 0 or 1 by norm, of adaptive clipping the share of units, by value that of
     elements, of agc that of rows."""
     units: UnitClips | None = None
-    chunks: Tensor | None = None
-    """Sum over all ranks of the squared norms of their own gradients, where they were measured."""
+    extras: Tensor | None = None
+    """The caller's own numbers, summed over ranks."""
 
 
 class GradientClipper:
@@ -100,15 +101,16 @@ class GradientClipper:
         ]
 
     @torch.no_grad()
-    def dist_clip(self, unscale: Tensor, squares: Tensor | None = None) -> GradientNorms:
+    def dist_clip(self, unscale: Tensor, extras: Tensor | None = None, accepts: Accepts | None = None) -> GradientNorms:
         """Multiply all gradients by `unscale` (a scalar), then clip each group by its rule, in place.
 
-        A scalar `squares`, of gradients with the loss scale too, is summed over ranks on the way (`chunks`).
+        `extras` [n] are summed over ranks on the way; `accepts` looks at the norm of all gradients and at these sums,
+        and where it says no (a scalar), or the norm is not finite, no rule learns from the step.
 
         One all-reduce over the world, whatever the groups ask for: each rank adds what it holds, divided by the number
         of ranks that hold the same, and empty shards add zero. Ranks must hold the same groups and reduced gradients.
         """
-        seen, unscale, chunks = self._dist_see(unscale, squares)
+        seen, unscale, extras = self._dist_see(unscale, extras, accepts)
         decisions = [rule.decide(one) for rule, one in zip(self.rules, seen, strict=True)]
         parts = [rule.part_squares(one.squares) for rule, one in zip(self.rules, seen, strict=True)]
         on_top = self._on_top(decisions, parts)
@@ -127,7 +129,7 @@ class GradientClipper:
             scales=torch.where(squares == 0, 1.0, (torch.stack(clipped) / squares).sqrt()),
             shares=torch.stack([decision.share for decision in decisions]),
             units=self._units(decisions),
-            chunks=chunks,
+            extras=extras,
         )
 
     def state(self) -> dict[str, Tensor]:
@@ -183,8 +185,10 @@ class GradientClipper:
         self._unused.setdefault(clip, {rule.name for rule in clip.units}).difference_update(used)
         return AdaptiveRule(clip, units, until, device)
 
-    def _dist_see(self, unscale: Tensor, chunks: Tensor | None) -> tuple[list[Seen], Tensor, Tensor | None]:
-        """What all ranks hold of each group, `unscale` where the gradients are, and the sum of `chunks`."""
+    def _dist_see(
+        self, unscale: Tensor, extras: Tensor | None, accepts: Accepts | None
+    ) -> tuple[list[Seen], Tensor, Tensor]:
+        """What all ranks hold of each group, `unscale` where the gradients are, and the sums of `extras`."""
         # Offloaded gradients lie on the host, the scale with the model.
         unscale = unscale.to(self._held[0].device, torch.float64)
         for held in self._held:
@@ -195,24 +199,24 @@ class GradientClipper:
             [one.powers(2.0), *(one.entry(order) for order in wanted), *rule.entries(one, unscale)]
             for one, wanted, rule in zip(self._held, orders, self.rules, strict=True)
         ]
-        own = [] if chunks is None else [chunks.to(unscale.device, torch.float64).reshape(1)]
-        sums = torch.cat([*(entry for group in entries for entry in group), *own])
+        own = unscale.new_empty(0) if extras is None else extras.to(unscale)
+        parts = [*(entry for group in entries for entry in group), own]
+        sums = torch.cat(parts)
         dist.all_reduce(sums)
-        if chunks is not None:
-            sums, chunks = sums[:-1], sums[-1] * unscale.square()
-        pieces = iter(sums.split([len(entry) for group in entries for entry in group]))
+        pieces = iter(sums.split([len(part) for part in parts]))
         squares, norms, rest = [], [], []
         for wanted, group in zip(orders, entries, strict=True):
             squares.append(next(pieces) * unscale.square())
             found = {order: unscale * norm_of_entry(next(pieces), order) for order in wanted}
             norms.append(found | {2.0: squares[-1].sum().sqrt()})
             rest.append([next(pieces) for _ in range(len(group) - 1 - len(wanted))])
-        finite = torch.isfinite(torch.cat(squares).sum())
+        total, extras = torch.cat(squares).sum().sqrt(), next(pieces)
+        finite = torch.isfinite(total) if accepts is None else torch.isfinite(total) & accepts(total, extras)
         seen = [
             Seen(own, _Norms(norms, index), sums, finite)
             for index, (own, sums) in enumerate(zip(squares, rest, strict=True))
         ]
-        return seen, unscale, chunks
+        return seen, unscale, extras
 
     def _on_top(self, decisions: list[Decision], parts: list[Tensor]) -> list[Tensor | float]:
         """For each group the factor by which the norm of all groups that have such a limit is brought down to it."""

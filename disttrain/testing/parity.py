@@ -176,10 +176,10 @@ class RecordingEngine(NativeEngine):
         self.gradients: list[dict[str, Tensor]] = []
         self.grad_norms: list[float] = []
 
-    def finish_step(self, lr_factor: float | Sequence[float]) -> UpdateResult:
+    def finish_step(self, lr_factor: float | Sequence[float], loss: Tensor | None = None) -> UpdateResult:
         grads = {name: p.grad for name, p in self.module.named_parameters()}
         self.gradients.append(gather_whole({name: grad for name, grad in grads.items() if grad is not None}))
-        update = super().finish_step(lr_factor)
+        update = super().finish_step(lr_factor, loss)
         self.grad_norms.append(update.grad_norm.item())
         return update
 

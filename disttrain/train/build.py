@@ -50,7 +50,15 @@ def build_training(config: RunConfig, data: Data, ranks: Ranks, device: torch.de
         probe=probe,
     )
     optimizer = build_optimizer(gpt, config.optim, GPT_PLAN, seed=config.train.seed)
-    safeguards = build_safeguards(gpt, optimizer, config.optim, GPT_PLAN, device=device, steps=config.train.total_steps)
+    safeguards = build_safeguards(
+        gpt,
+        optimizer,
+        config.optim,
+        GPT_PLAN,
+        device=device,
+        steps=config.train.total_steps,
+        anomaly=config.resilience.anomaly,
+    )
     engine = NativeEngine(
         gpt,
         model,

@@ -22,11 +22,11 @@ from disttrain.train.build import build_batch_law, build_training
 from disttrain.train.evaluate import evaluate
 from disttrain.train.finish import bigram_line, sample_text
 from disttrain.train.first_update import FirstUpdate
-from disttrain.train.guard import NumericalGuard
+from disttrain.train.guard import BadStep, Recovery, StepGuard, weights_not_finite
 from disttrain.train.measurements import Measurements
 from disttrain.train.output import RunOutput
 from disttrain.train.preflight import PreparedRun
-from disttrain.train.run_time import resume_time
+from disttrain.train.run_time import kept_seconds, resume_time
 from disttrain.train.saving import RunCheckpoints, room_note
 from disttrain.train.step import StepResult, train_step
 
@@ -65,7 +65,7 @@ class TrainingLoop:
     def __init__(self, run: PreparedRun, ranks: Ranks, device: torch.device) -> None:
         self.config, self.data, self.ranks, self.device = run.config, run.data, ranks, device
         self.parts = build_training(run.config, run.data, ranks, device)
-        self.guard = NumericalGuard(self.parts.optimizer.parameter_names, run.config.parallel.param_dtype == "fp16")
+        self.guard = StepGuard(self.parts.optimizer, run.config.parallel.param_dtype == "fp16")
         self.noise = NoiseScale(torch.device("cpu") if run.config.parallel.cpu_offload else device)
         section = run.config.checkpoint
         manager = CheckpointManager(
@@ -81,6 +81,7 @@ class TrainingLoop:
         # Lengths in steps go by the batches that the config names, whatever the run has made of them since.
         self.law = build_batch_law(run.config, self.parts.optimizer, run.config.train.batches())
         notes += device_notes(run.config.parallel, device) + room_note(manager, self._state())
+        self.recovery = Recovery(run.config.resilience.anomaly, resumed.extra if resumed else {})
         self.run_time = resume_time(run.started, resumed.extra if resumed else {}, run.earlier)
         self.output = RunOutput(run, ranks, device, self.run_time, resumed, self.total_steps, notes)
         self.output.announce(self.parts.optimizer, self.parts.safeguards)
@@ -94,7 +95,10 @@ class TrainingLoop:
     def run(self, stop: StopRequest) -> Ending:
         self.run_time.ready()
         while self.position.step < self.total_steps:
+            before = self.position.step
             stopping = self._step(stop.wanted)
+            if self.position.step <= before:
+                continue  # rolled back
             step, last = self.position.step, self.position.step >= self.total_steps
             # Before the checkpoint: a run that is cut short in the evaluation does it again when it resumes.
             if step % self.config.monitor.evaluate_every == 0 or last:
@@ -133,9 +137,9 @@ class TrainingLoop:
             lap=clock.lap,
         )
         clock.stop()
+        consumed = (self.position.samples, reached.samples - 1)
         self.position = reached
         self.output.reached(reached.step, reached.tokens)
-        self.guard.look(reached.step, result.update)
         self.measured.after(result)
         self.first_update.after(result.update)
         if logging:
@@ -144,16 +148,53 @@ class TrainingLoop:
             self.output.say(line)
         self._follow_noise()
         self.checkpoints.look(reached.step, result.saving)
+        self._answer(self.guard.look(reached.step, consumed, result))
         return result.stop
+
+    def _answer(self, seen: list[bool | BadStep]) -> None:
+        """Leave bad steps left out, or go back to before them and on behind their data."""
+        for one in seen:
+            if isinstance(one, BadStep):
+                self.output.event("skipped", f"step {one.step} left out: {one.reason}")
+                self.output.say(f"warning: step {one.step} left out: {one.reason}")
+            if self.recovery.must_roll_back(one) and isinstance(one, BadStep):
+                self._roll_back(one)
+                return
+
+    def _roll_back(self, bad: BadStep) -> None:
+        self.checkpoints.settle(self.position.step)
+        manager, optimizer = self.checkpoints.manager, self.parts.optimizer
+
+        def good() -> bool:
+            self.parts.engine.loaded()
+            return weights_not_finite(optimizer) == 0
+
+        found = manager.roll_back(self._state(), self.recovery.first_bad, good)
+        if found is None:
+            raise self.recovery.nowhere_to_go(bad)
+        manifest, samples = found.manifest, self.position.samples
+        self.position = Position(manifest.step, samples, manifest.tokens)
+        self.batches, _ = resume_batches(self.config, self.ranks.world, manifest.tokens, manifest.extra)
+        self.recovery.rolled_back()
+        self.run_time.rolled_back(kept_seconds(manifest.extra))
+        self.measured.restart(samples)
+        skipped = (
+            f"{bad.reason}; the run goes on with sample {samples:,}, behind what it saw since step {manifest.step}"
+        )
+        self.output.rolled_back(manifest.step, manifest.tokens, skipped)
 
     def _log(self, result: StepResult, batch_tokens: int) -> None:
         """The loss of this very step, so that a trace does not depend on where a run was resumed."""
-        self.guard.settle()
         for warning in self.measured.safeguards.warnings():
             self.output.warn(f"step {self.position.step}: {warning}")
         left = self.total_steps - self.position.step
         record = self.measured.row(
-            result, step=self.position.step, samples=self.position.samples, steps_left=left, batch_tokens=batch_tokens
+            result,
+            step=self.position.step,
+            samples=self.position.samples,
+            tokens=self.position.tokens,
+            steps_left=left,
+            batch_tokens=batch_tokens,
         )
         self.output.log(record)
 
@@ -212,7 +253,6 @@ class TrainingLoop:
         return [*found.rejected, f"weights from {found.place} (step {found.manifest.step}); everything else is new"]
 
     def _save(self, last: bool) -> None:
-        self.guard.settle()
         with self.run_time.lost_to("checkpoint"):
             self.checkpoints.save(
                 self._state(),
@@ -223,7 +263,12 @@ class TrainingLoop:
                 config=self.config.model_dump(mode="json"),
                 data=self.data.identity,
                 strategy=self.config.parallel.strategy,
-                extra={**self.batches.record(), **self.run_time.record(), "wandb": {"id": self.output.wandb_id}},
+                extra={
+                    **self.batches.record(),
+                    **self.run_time.record(),
+                    **self.recovery.record(),
+                    "wandb": {"id": self.output.wandb_id},
+                },
             )
 
     def _finish(self) -> None:

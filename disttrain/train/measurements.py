@@ -50,11 +50,14 @@ class Measurements:
         names = [group["name"] for group in parts.optimizer.param_groups]
         self._squares = [(f"update/{name}", f"weights/{name}") for name in names]
         self.metrics = MetricBuffer(self._reductions(), device)
-        self._steps = 0
-        self._samples = samples
-        self._productive_seconds = run_time.productive_seconds
-        self._lost_seconds = dict(run_time.lost_seconds)
         self._logging = False
+        self.restart(samples)
+
+    def restart(self, samples: int) -> None:
+        """What was measured since the last row belongs to steps that do not stand."""
+        self._steps, self._samples = 0, samples
+        self._productive_seconds = self.run_time.productive_seconds
+        self._lost_seconds = dict(self.run_time.lost_seconds)
 
     def before(self, logging: bool) -> None:
         """Before a step; with `logging` it will have a row."""
@@ -70,9 +73,10 @@ class Measurements:
         self.metrics.add("skipped_steps", update.skipped)
         self.groups.add(update.norms)
         self.safeguards.add(update)
-        if update.norms.chunks is not None:
-            total = update.norms.total.square()
-            self.noise.add(total, update.norms.chunks, result.valid_tokens, result.chunk_squares)
+        if update.chunks is not None:
+            # What was left out teaches nothing.
+            total = torch.where(update.skipped > 0, torch.nan, update.norms.total.square())
+            self.noise.add(total, update.chunks, result.valid_tokens, result.chunk_squares)
         if self._logging:
             self.metrics.add("loss", result.loss_sum)
             for (moved, held), (updates, weights, elements) in zip(self._squares, self.sizes.after(), strict=True):
@@ -80,7 +84,7 @@ class Measurements:
                 self.metrics.add(held, weights, elements)
 
     def row(
-        self, result: StepResult, *, step: int, samples: int, steps_left: int, batch_tokens: int
+        self, result: StepResult, *, step: int, samples: int, tokens: int, steps_left: int, batch_tokens: int
     ) -> dict[str, Value]:
         """What is known after a step that was announced as one to be logged. Collective."""
         reduced, steps = self._reduce(), self._steps
@@ -89,7 +93,7 @@ class Measurements:
         tokens_per_second = (samples - self._samples) * length / productive
         record: dict[str, Value] = {
             "step": step,
-            "tokens": samples * length,
+            "tokens": tokens,
             "unix_seconds": time.time(),
             "loss": reduced["loss"] / max(result.valid_tokens, 1),
             "grad_norm": result.update.grad_norm.item(),
@@ -108,9 +112,9 @@ class Measurements:
             **self.safeguards.record(result.update),
             **self.noise.record(length * self.ranks.world),
         }
+        record["skipped_steps"] = reduced["skipped_steps"] / self.ranks.world
         if self.config.parallel.param_dtype == "fp16":
             record["loss_scale"] = result.update.loss_scale.item()
-            record["skipped_steps"] = reduced["skipped_steps"] / self.ranks.world
         if self.config.monitor.rank_metrics:
             record |= _by_rank(reduced, ["own_step_seconds", *self.use.names])
         self._steps, self._samples = 0, samples

@@ -69,6 +69,18 @@ class RunOutput:
         self.say(f"warning: {text}")
         self.event("warning", text)
 
+    def rolled_back(self, step: int, tokens: int, reason: str) -> None:
+        """The run goes on from an earlier step, whose rows are the last that stand."""
+        before = self.step
+        self.reached(step, tokens)
+        self._checkpoint = {}
+        text = f"rolled back from step {before} to {step}: {reason}"
+        self.say(f"warning: {text}")
+        if self.console is not None:
+            with disk_errors(self.folder.path):
+                self.jsonl.rewind(step)
+        self.event("rollback", text)
+
     def event(self, kind: str, text: str) -> None:
         """For the time line; nothing on the console."""
         if self.console is not None:

@@ -41,6 +41,12 @@ class RunTime:
         self.productive_seconds += now - self._mark
         self._mark = now
 
+    def rolled_back(self, kept_seconds: float) -> None:
+        """Steps since a checkpoint, that had `kept_seconds`, were in vain."""
+        self._lose("rolled_back", self.productive_seconds - kept_seconds)
+        self.productive_seconds = kept_seconds
+        self._mark = time.perf_counter()
+
     @contextmanager
     def lost_to(self, cause: str) -> Iterator[None]:
         began = time.perf_counter()
@@ -81,4 +87,9 @@ class RunTime:
 
 def resume_time(started: float, extra: Mapping[str, Any], earlier: Mapping[str, Any]) -> RunTime:
     """From what a checkpoint holds and the status that the start before has left; both empty in a new run."""
-    return RunTime(started, float(extra.get("run_time", {}).get("productive_seconds", 0.0)), earlier)
+    return RunTime(started, kept_seconds(extra), earlier)
+
+
+def kept_seconds(extra: Mapping[str, Any]) -> float:
+    """The productive seconds up to a checkpoint with `extra`."""
+    return float(extra.get("run_time", {}).get("productive_seconds", 0.0))

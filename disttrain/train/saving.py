@@ -38,7 +38,7 @@ class RunCheckpoints:
 
         Raises StorageError when it cannot be done and the run may not, or cannot, go on without it.
         """
-        self._wait_for_earlier(about["step"])
+        self.settle(about["step"])
         self._retry_at = None
         try:
             self.manager.start(state, **about)
@@ -52,7 +52,8 @@ class RunCheckpoints:
         if self.manager.pending and not some_rank_is_busy:
             self._tell(self.manager.advance(), step, last=False)
 
-    def _wait_for_earlier(self, step: int) -> None:
+    def settle(self, step: int) -> None:
+        """Wait for the save under way, and tell how it ended."""
         if not self.manager.pending:
             return
         began = time.perf_counter()

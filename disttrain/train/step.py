@@ -23,7 +23,7 @@ class StepResult:
     valid_tokens: int
     """Predicted tokens of the whole global batch."""
     chunk_squares: int
-    """Sum of the squared numbers of tokens behind each gradient in `update.norms.chunks`."""
+    """Sum of the squared numbers of tokens behind each gradient in `update.chunks`."""
     stop: bool
     """Some rank was asked to stop; all ranks know it after the same step."""
     saving: bool
@@ -62,6 +62,6 @@ def train_step(
         loss_sum = loss_sum + loss.detach()
         lap("backward")
 
-    update = engine.finish_step(lr_factor)
+    update = engine.finish_step(lr_factor, loss_sum / max(valid_tokens, 1))
     lap("optimizer")
     return StepResult(loss_sum, update, valid_tokens, chunk_squares, stop=stops > 0, saving=savers > 0)

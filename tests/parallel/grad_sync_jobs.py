@@ -45,10 +45,10 @@ class Keeping(NativeEngine):
 
     keeps = True
 
-    def finish_step(self, lr_factor: float | Sequence[float]) -> UpdateResult:
+    def finish_step(self, lr_factor: float | Sequence[float], loss: Tensor | None = None) -> UpdateResult:
         if self.keeps:
             self.kept = whole_gradients(self.module)
-        return super().finish_step(lr_factor)
+        return super().finish_step(lr_factor, loss)
 
 
 def whole_gradients(gpt: nn.Module) -> dict[str, Tensor]:

@@ -127,12 +127,12 @@ def mixed_precision_errors(rank: int, world: int, settings: dict[str, Any]) -> f
 class _Overflowing(RecordingEngine):
     """Puts an infinity into one gradient of rank 1, after the reduction, in the second step."""
 
-    def finish_step(self, lr_factor: float | Sequence[float]) -> UpdateResult:
+    def finish_step(self, lr_factor: float | Sequence[float], loss: Tensor | None = None) -> UpdateResult:
         if dist.get_rank() == 1 and len(self.grad_norms) == 1:
             gradient = self.module.blocks[0].mlp.up.weight.grad  # type: ignore[union-attr, index]
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             local.view(-1)[0] = math.inf  # type: ignore[union-attr]
-        return super().finish_step(lr_factor)
+        return super().finish_step(lr_factor, loss)
 
 
 def overflow_on_one_rank(rank: int, world: int, settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def unmeasured(rank: int, world: int, settings: dict[str, Any]) -> bool:
     engine, _ = probed_engine(world, settings)
     tokens, labels = (part.chunk(world)[rank] for part in global_batch(0))
     result = train_step(engine, [(tokens, labels)], lr_factor=0.0, device=CPU, measure_noise=True)
-    return result.update.norms.chunks is None and result.chunk_squares == 0
+    return result.update.chunks is None and result.chunk_squares == 0
 
 
 def measured(rank: int, world: int, settings: dict[str, Any]) -> tuple[float, float, list[float], list[int]]:
@@ -47,13 +47,13 @@ def measured(rank: int, world: int, settings: dict[str, Any]) -> tuple[float, fl
     plain = [_plain_squares([b], labels) for b in batches] if probe.each else [_plain_squares(batches, labels)]
     sizes = [int((label != IGNORE_LABEL).sum()) for _, label in batches]
     unmeasured = train_step(engine, batches, lr_factor=0.0, device=CPU)
-    assert unmeasured.update.norms.chunks is None
+    assert unmeasured.update.chunks is None
     result = train_step(engine, batches, lr_factor=0.0, device=CPU, measure_noise=True)
-    assert result.update.norms.chunks is not None
+    assert result.update.chunks is not None
     assert result.update.norms.total == unmeasured.update.norms.total
     chunk_sizes = sizes if probe.each else [sum(sizes)]
     assert result.chunk_squares >= sum(size**2 for size in chunk_sizes)
-    return result.update.norms.chunks.item(), result.chunk_squares, plain, chunk_sizes
+    return result.update.chunks.item(), result.chunk_squares, plain, chunk_sizes
 
 
 def _plain_squares(batches: list[tuple[Tensor, Tensor]], all_labels: Tensor) -> float:

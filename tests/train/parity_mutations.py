@@ -48,8 +48,8 @@ class _Scaled:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * self.factor)
 
-    def finish_step(self, lr_factor: float | Sequence[float]) -> UpdateResult:
-        return self.engine.finish_step(lr_factor)
+    def finish_step(self, lr_factor: float | Sequence[float], loss: Tensor | None = None) -> UpdateResult:
+        return self.engine.finish_step(lr_factor, loss)
 
     def evaluation_weights(self) -> AbstractContextManager[None]:
         return self.engine.evaluation_weights()

@@ -15,6 +15,7 @@ class JsonlSink:
     """Appends to `path`; what a run recorded beyond `resumed_step` is dropped first, by one atomic replacement."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path = path
         _truncate(path, resumed_step)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._waiting = b""
@@ -24,6 +25,15 @@ class JsonlSink:
         # A full disk must not end a run: what it does not take now, it may take with the next record.
         with suppress(OSError):
             self._write()
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`: the run goes on from there."""
+        with suppress(OSError):
+            self._write()
+        self._waiting = b""
+        os.close(self._descriptor)
+        _truncate(self.path, step)
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def close(self) -> None:
         """Write what a full disk refused so far. OSError when it still does."""

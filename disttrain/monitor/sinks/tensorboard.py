@@ -17,7 +17,8 @@ class TensorBoardSink:
     def __init__(self, directory: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=resumed_step + 1, flush_secs=10)
+        self._open = lambda step: SummaryWriter(str(directory), purge_step=step + 1, flush_secs=10)
+        self._writer = self._open(resumed_step)
 
     def log(self, record: Record) -> None:
         values, step = scalars(record), int(scalars(record)["step"])
@@ -29,6 +30,9 @@ class TensorBoardSink:
                 self._add(key, histogram, step)
 
     def event(self, event: Event) -> None:
+        if event.kind == "rollback":
+            self._writer.close()
+            self._writer = self._open(event.step)
         self._writer.add_text(f"events/{event.kind}", event.text, event.step, walltime=event.unix_seconds)
 
     def sample(self, step: int, text: str) -> None:
