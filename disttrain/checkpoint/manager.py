@@ -97,23 +97,6 @@ class CheckpointManager(CheckpointReader):
         self.retention.protected = found.name if found else None
         return found
 
-    def roll_back(self, state: Mapping[str, Tensor], before: int, good: Callable[[], bool]) -> CheckpointInfo | None:
-        """Load the newest checkpoint of a step before `before` that verifies and after whose load `good` says yes, on
-        every rank alike; None when there is none. Those passed over are deleted: the run will not have been there."""
-        for name in on_rank_zero(self.storage.committed):
-            try:
-                manifest = self.verified(name)
-            except UserError:
-                continue
-            info = CheckpointInfo(name, self.storage.place(name), manifest)
-            if manifest.step < before:
-                self.load(state, info)
-                if good():
-                    self.retention.protected = name
-                    return info
-            on_rank_zero(lambda name=name: self.storage.remove(name))
-        return None
-
     def save(self, state: Mapping[str, Tensor], **about: Any) -> str:
         """`start` and `finish` in one; returns where the checkpoint lies. StorageError when it was not committed."""
         self.start(state, **about)

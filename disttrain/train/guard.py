@@ -126,8 +126,8 @@ class Recovery:
 
     def nowhere_to_go(self, seen: BadStep) -> NumericalError:
         return NumericalError(
-            f"step {seen.step}: {seen.reason}; {self.in_row} bad steps in a row, and there is no checkpoint from before "
-            f"step {self.first_bad} to roll back to; {_REMEDY}"
+            f"step {seen.step}: {seen.reason}; {self.in_row} bad steps in a row, and there is no checkpoint from "
+            f"before step {self.first_bad} to roll back to; {_REMEDY}"
         )
 
     def record(self) -> dict[str, Any]:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 
 from disttrain.checkpoint.local import LocalStorage
 from disttrain.checkpoint.manager import CheckpointManager
-from disttrain.checkpoint.manifest import Manifest
-from disttrain.checkpoint.reading import open_checkpoint
+from disttrain.checkpoint.rollback import roll_back
 from disttrain.data.loader import validation_batches
 from disttrain.distributed.env import Ranks
 from disttrain.monitor import Ending, StepProfiler
 from disttrain.optim.noise_scale import ENOUGH, NoiseScale
 from disttrain.parallel import device_notes, parameters_will_change
 from disttrain.resilience import StopRequest
-from disttrain.train.batches import RunBatches, begin_batches, resume_batches
+from disttrain.train.batches import resume_batches
+from disttrain.train.begin import begin_run
 from disttrain.train.build import build_batch_law, build_training
 from disttrain.train.evaluate import evaluate
 from disttrain.train.finish import bigram_line, sample_text
@@ -25,22 +22,11 @@ from disttrain.train.first_update import FirstUpdate
 from disttrain.train.guard import BadStep, Recovery, StepGuard, weights_not_finite
 from disttrain.train.measurements import Measurements
 from disttrain.train.output import RunOutput
+from disttrain.train.position import Position
 from disttrain.train.preflight import PreparedRun
 from disttrain.train.run_time import kept_seconds, resume_time
 from disttrain.train.saving import RunCheckpoints, room_note
 from disttrain.train.step import StepResult, train_step
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far a run is: optimizer steps done, samples and tokens consumed."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-
-    def after(self, samples: int, sequence_length: int) -> Position:
-        return Position(self.step + 1, self.samples + samples, self.tokens + samples * sequence_length)
 
 
 def run_training(run: PreparedRun, ranks: Ranks, device: torch.device) -> Ending:
@@ -75,7 +61,7 @@ class TrainingLoop:
             keep_every=section.keep_every,
             asynchronous=section.asynchronous,
         )
-        resumed, self.batches, notes = self._begin(manager)
+        resumed, self.batches, notes = begin_run(run.config, self.parts, manager, self._state(), ranks.world)
         self.position = Position(resumed.step, resumed.samples, resumed.tokens) if resumed else Position()
         self.total_steps = self.batches.schedule.steps_of(run.config.train.steps, run.config.train.tokens)
         # Lengths in steps go by the batches that the config names, whatever the run has made of them since.
@@ -169,7 +155,7 @@ class TrainingLoop:
             self.parts.engine.loaded()
             return weights_not_finite(optimizer) == 0
 
-        found = manager.roll_back(self._state(), self.recovery.first_bad, good)
+        found = roll_back(manager, self._state(), self.recovery.first_bad, good)
         if found is None:
             raise self.recovery.nowhere_to_go(bad)
         manifest, samples = found.manifest, self.position.samples
@@ -178,10 +164,8 @@ class TrainingLoop:
         self.recovery.rolled_back()
         self.run_time.rolled_back(kept_seconds(manifest.extra))
         self.measured.restart(samples)
-        skipped = (
-            f"{bad.reason}; the run goes on with sample {samples:,}, behind what it saw since step {manifest.step}"
-        )
-        self.output.rolled_back(manifest.step, manifest.tokens, skipped)
+        reason = f"{bad.reason}; the run goes on with sample {samples:,}, behind all that it has seen"
+        self.output.rolled_back(manifest.step, manifest.tokens, reason)
 
     def _log(self, result: StepResult, batch_tokens: int) -> None:
         """The loss of this very step, so that a trace does not depend on where a run was resumed."""
@@ -226,31 +210,8 @@ class TrainingLoop:
             result = evaluate(self.parts.model, batches, self.data.bytes_per_token, self.device)
         self.output.log_validation(result.loss, result.bits_per_byte)
 
-    def _begin(self, manager: CheckpointManager) -> tuple[Manifest | None, RunBatches, list[str]]:
-        """Load the newest checkpoint that verifies; what it says of itself, and what to tell about it."""
-        found = manager.latest()
-        if found is None:
-            return None, begin_batches(self.config, self.ranks.world), self._initial_weights()
-        notes = [*found.rejected, *manager.load(self._state(), found)]
-        self.parts.engine.loaded()
-        manifest = found.manifest
-        notes.append(f"resumed from {found.place} (step {manifest.step})")
-        batches, changes = resume_batches(self.config, self.ranks.world, manifest.tokens, manifest.extra)
-        return manifest, batches, notes + changes
-
     def _state(self) -> dict[str, torch.Tensor]:
         return {**self.parts.engine.state(), **self.noise.state()}
-
-    def _initial_weights(self) -> list[str]:
-        """The weights that `train.init_from` names, in place of drawn ones."""
-        source = self.config.train.init_from
-        if source is None:
-            return []
-        reader, found = open_checkpoint(Path(source).expanduser())
-        parameters_will_change(self.parts.model)
-        reader.load_weights(self.parts.gpt, found)
-        self.parts.engine.weights_changed()
-        return [*found.rejected, f"weights from {found.place} (step {found.manifest.step}); everything else is new"]
 
     def _save(self, last: bool) -> None:
         with self.run_time.lost_to("checkpoint"):
@@ -263,12 +224,10 @@ class TrainingLoop:
                 config=self.config.model_dump(mode="json"),
                 data=self.data.identity,
                 strategy=self.config.parallel.strategy,
-                extra={
-                    **self.batches.record(),
-                    **self.run_time.record(),
-                    **self.recovery.record(),
-                    "wandb": {"id": self.output.wandb_id},
-                },
+                extra=self.batches.record()
+                | self.run_time.record()
+                | self.recovery.record()
+                | {"wandb": {"id": self.output.wandb_id}},
             )
 
     def _finish(self) -> None:

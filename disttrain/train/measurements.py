@@ -117,11 +117,7 @@ class Measurements:
             record["loss_scale"] = result.update.loss_scale.item()
         if self.config.monitor.rank_metrics:
             record |= _by_rank(reduced, ["own_step_seconds", *self.use.names])
-        self._steps, self._samples = 0, samples
-        self._productive_seconds, self._lost_seconds = (
-            self.run_time.productive_seconds,
-            dict(self.run_time.lost_seconds),
-        )
+        self.restart(samples)
         return record
 
     def _reductions(self) -> Mapping[str, Reduction]:
