@@ -235,7 +235,7 @@ def formula_bytes(settings: Settings, world: int, shapes: list[tuple[int, ...]])
     gathered, reduced = _itemsize(parallel.param_dtype), _itemsize(parallel.reduce_dtype)
     padded = sum(math.ceil(rows / shards) * shards * math.prod(rest) for rows, *rest in shapes)
     sent = dict.fromkeys(KINDS, 0)
-    sent["all_reduce"] = COUNT_BYTES + 8 * len(shapes)
+    sent["all_reduce"] = COUNT_BYTES + 8 * (2 + len(shapes))
     if parallel.strategy == "ddp":
         sent["all_reduce"] += reduced * sum(map(math.prod, shapes))
         return sent

@@ -190,7 +190,7 @@ def test_what_diverges_is_told_when_it_begins() -> None:
     for streak in (1, 2, 3, 4, 0, 3):
         units = UnitClips(norms=one, thresholds=one * math.inf, scales=one / 2, streaks=torch.tensor([0.0, streak]))
         norms = GradientNorms(one.sum(), one, one, one, one, units)
-        update = UpdateResult(norms, torch.zeros(()), torch.ones(()))
+        update = UpdateResult(norms, torch.zeros(()), torch.zeros((), dtype=torch.int64), torch.ones(()))
         metrics.add(update)
         told.append(metrics.warnings())
         record = metrics.record(update)

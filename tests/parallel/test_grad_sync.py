@@ -72,7 +72,7 @@ def test_sharded_step_communicates_as_the_formula_says(
 ) -> None:
     """Three units, three microbatches, four ranks; hsdp as two copies of two shards."""
     seen = pool.run(JOBS + "step_traffic", 4, settings=settings)[0]
-    control = 2  # one all-reduce of four counts (tokens, stops, ranks still saving, chunks), one of the squared norms
+    control = 2  # all-reduces: four counts (tokens, stops, savers, chunks); squared norms, loss and chunks
     hsdp = settings["strategy"] == "hsdp"
     assert seen["calls"]["all_gather"] == gathers
     assert seen["calls"]["reduce_scatter"] == reductions
@@ -81,14 +81,14 @@ def test_sharded_step_communicates_as_the_formula_says(
     whole = 8 * sum(_padded_elements(shape, shards) for shape in seen["shapes"])
     assert seen["bytes"]["all_gather"] == gathers // 3 * whole
     assert seen["bytes"]["reduce_scatter"] == reductions // 3 * whole
-    assert seen["bytes"]["all_reduce"] == 8 * (4 + len(seen["shapes"])) + (whole // shards if hsdp else 0)
+    assert seen["bytes"]["all_reduce"] == 8 * (6 + len(seen["shapes"])) + (whole // shards if hsdp else 0)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ddp_step_reduces_each_gradient_once(pool: RankPool, world: int) -> None:
     seen = pool.run(JOBS + "step_traffic", world, settings=DDP)[0]
     assert set(seen["calls"]) == {"all_reduce"}
-    control = 4 * 8 + 8 * len(seen["shapes"])  # counts of tokens, stops, savers and chunks; squared norms
+    control = 8 * (6 + len(seen["shapes"]))  # counts of tokens, stops, savers, chunks; squared norms, loss, chunks
     assert seen["bytes"]["all_reduce"] - control == 8 * sum(math.prod(shape) for shape in seen["shapes"])
 
 
