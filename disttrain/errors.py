@@ -7,6 +7,8 @@ from collections.abc import Iterable
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_GIVE_UP = 70
+"""Of a rank, to the parent that started it: starting again would come to the same end. The command says 1."""
 EXIT_PREEMPTED = 75
 """Stopped on request with a committed checkpoint: start me again (EX_TEMPFAIL of sysexits.h)."""
 

@@ -15,8 +15,8 @@ SAME_PROBLEM_SECONDS = 2.0
 """As a rule all ranks have the same problem: the first one leaves at once, and its launcher ends the others."""
 
 
-def leave_with_problems(error: UserError, ranks: Ranks) -> NoReturn:
-    """Print each problem as one line and leave with its exit code, without waiting for anyone in a teardown.
+def leave_with_problems(error: UserError, ranks: Ranks, code: int | None = None) -> NoReturn:
+    """Print each problem as one line and leave with `code`, or the error's own, without waiting in a teardown.
 
     A rank other than the first speaks only when it outlives the first one: then the problem is its own.
     """
@@ -27,4 +27,4 @@ def leave_with_problems(error: UserError, ranks: Ranks) -> NoReturn:
         prefix = f"rank {ranks.rank}: "
     print("\n".join(f"error: {prefix}{problem}" for problem in error.problems), file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(error.exit_code)
+    os._exit(error.exit_code if code is None else code)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +19,8 @@ from disttrain.cli.problems import leave_with_problems
 from disttrain.config import RunConfig
 from disttrain.config.load import layout_problems, load_config
 from disttrain.distributed.env import Ranks, read_ranks
-from disttrain.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
-from disttrain.resilience import STOP_SIGNALS, StopRequest
+from disttrain.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_GIVE_UP, EXIT_PREEMPTED, UserError
+from disttrain.resilience import STOP_SIGNALS, RestartBudget, StopRequest, lost_peers
 from disttrain.train.folder import RunFolder, State
 from disttrain.train.preflight import PreparedRun, is_complete, prepare_run
 
@@ -53,12 +55,13 @@ def _start(config: RunConfig) -> int:
         _print_notes(run)
         # From here on a signal is a request to stop, to which the ranks, or we for them, give the answer.
         with StopRequest() as stop:
-            return _answer(folder, _launch(run, stop))
+            return _answer(folder, _launch(run, stop), stop)
 
 
 def _launch(run: PreparedRun, stop: StopRequest) -> int:
+    """Start the ranks, and again when one dies or hangs, as long as that leads to new checkpoints."""
     # Only now: torch takes seconds to import, and bad input has been refused. Forked ranks find it imported.
-    import disttrain.train.loop  # noqa: F401
+    import disttrain.train.run  # noqa: F401
     from disttrain.distributed.process_group import default_processes, select_device
     from disttrain.launching.elastic import launch_ranks
 
@@ -67,10 +70,37 @@ def _launch(run: PreparedRun, stop: StopRequest) -> int:
     if problems := layout_problems(run.config, nproc):
         raise UserError(problems)
     run.folder.write_status("running", run.folder.read_status().get("step", 0))
-    return launch_ranks(rank_main, (run, os.getpid()), nproc, device.type, stop)
+    budget = RestartBudget(run.config.resilience.max_restarts, committed_steps(run.folder.checkpoints))
+    while True:
+        ended = launch_ranks(rank_main, (run, os.getpid()), nproc, device.type, stop)
+        if not ended.may_start_again or stop.wanted:
+            break
+        saved = committed_steps(run.folder.checkpoints)
+        what = _tell_death(run.folder, ended.what)
+        if not budget.allows(saved):
+            break
+        at = f"from step {_step(saved[0])}" if saved else "from the beginning"
+        print(f"starting again {at} ({budget.used} of {budget.limit} restarts without a new checkpoint)", flush=True)
+        run.folder.add_event("restart", _step(saved[0]) if saved else 0, f"{what}; starting again {at}")
+        run = replace(run, started=time.time(), earlier=run.folder.read_status())
+    return ended.code
 
 
-def _answer(folder: RunFolder, code: int) -> int:
+def _tell_death(folder: RunFolder, what: str) -> str:
+    """One line about a rank that could not speak for itself; others have said why they ended."""
+    step = folder.last_step()
+    if not what:
+        return "a rank ended"
+    print(f"error: {what}, after step {step} at least", file=sys.stderr, flush=True)
+    folder.add_event("lost_rank", step, what)
+    return what
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _answer(folder: RunFolder, code: int, stop: StopRequest) -> int:
     """The exit code of a run whose ranks have ended; status.json has the last word, and gets one where it has none."""
     status = folder.read_status()
     if status.get("state") == "completed":
@@ -78,12 +108,12 @@ def _answer(folder: RunFolder, code: int) -> int:
     if status.get("state") == "preempted":
         return EXIT_PREEMPTED
     steps = committed_steps(folder.checkpoints)
-    if code == EXIT_PREEMPTED and steps:
-        step = int(steps[0].name.removeprefix("step-"))
+    if stop.wanted and steps:
+        step = _step(steps[0])
         folder.write_status("preempted", step)
         print(f"stopped on request; start again to resume from step {step}, {folder.path}", flush=True)
         return EXIT_PREEMPTED
-    if code == EXIT_PREEMPTED:
+    if stop.wanted:
         print(f"stopped on request before there was a checkpoint; nothing to resume, {folder.path}", flush=True)
     folder.write_failed()
     return EXIT_BAD_INPUT if code == EXIT_BAD_INPUT else EXIT_FAILED
@@ -113,18 +143,16 @@ def _print_notes(run: PreparedRun) -> None:
 
 
 def rank_main(run: PreparedRun, parent: int) -> None:
-    """What a rank that `disttrain train` started runs; its exit code is its only answer."""
-    if _run_rank(run, read_ranks() or Ranks()) == "preempted":
-        # Not by returning: torch's agent holds a function that returned until it has collected all ranks' results,
-        # which it does not do once it was told to stop.
-        os._exit(EXIT_PREEMPTED)
-    # For the same reason a parent that died must not leave us behind: torch has us get SIGINT at its death.
+    """What a rank that `disttrain train` started runs; what it has come to stands in status.json."""
+    _run_rank(run, read_ranks() or Ranks(), give_up=EXIT_GIVE_UP)
+    # torch's agent holds a function that returned until it has collected all ranks' results. A parent that died must
+    # not leave us behind: torch has us get SIGINT at its death.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.getppid() != parent:
         os._exit(EXIT_DONE)
 
 
-def _run_rank(run: PreparedRun, ranks: Ranks) -> State:
+def _run_rank(run: PreparedRun, ranks: Ranks, give_up: int | None = None) -> State:
     # A signal before the loop ends us at once: there is nothing to save yet.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -133,7 +161,7 @@ def _run_rank(run: PreparedRun, ranks: Ranks) -> State:
         kept = Path(run.config.data.cache_dir).expanduser() / "inductor"
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
     from disttrain.distributed.process_group import distributed, select_device
-    from disttrain.train.loop import run_training
+    from disttrain.train.run import run_training
 
     try:
         device = select_device(run.config.device, ranks.local_rank)
@@ -141,14 +169,21 @@ def _run_rank(run: PreparedRun, ranks: Ranks) -> State:
             return run_training(run, ranks, device)
     except UserError as error:
         _note_failure(run, ranks)
-        leave_with_problems(error, ranks)
+        leave_with_problems(error, ranks, give_up if error.exit_code == EXIT_FAILED else None)
     except BaseException:
         if sys.stdout.isatty():
             print("\x1b[?25h", end="")  # the progress bar hides the cursor and will not be closed
         # Never wait in teardown: peers may hang in a collective that this rank will not join.
-        print(f"rank {ranks.rank} of {ranks.world} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        print(f"rank {ranks.rank} of {ranks.world} {_failure()}", file=sys.stderr, flush=True)
         _note_failure(run, ranks)
         os._exit(EXIT_FAILED)
+
+
+def _failure() -> str:
+    """A rank that only lost the others has nothing to say of its own."""
+    if lost_peers(sys.exc_info()[1]):
+        return "ends: the others are gone"
+    return f"failed:\n{traceback.format_exc()}"
 
 
 def _note_failure(run: PreparedRun, ranks: Ranks) -> None:

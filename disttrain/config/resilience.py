@@ -38,4 +38,11 @@ class AnomalyConfig(Section):
 class ResilienceConfig(Section):
     collective_timeout_seconds: Annotated[float, Field(gt=0, le=7 * 86_400)] = 600.0
     """How long a process waits for its peers inside one collective before it gives up."""
+    max_restarts: NonNegativeInt = 3
+    """How often `disttrain train` starts ranks again that died or hung, without a new checkpoint in between."""
+    hang_seconds: PositiveFloat = 300.0
+    """A rank that stays in one step for longer is taken to hang: all ranks write down where they are, and end. The
+    first step, evaluation and saving have `collective_timeout_seconds`."""
+    stop_before_limit_seconds: PositiveFloat = 120.0
+    """How long before the end of its Slurm job a run stops with a checkpoint."""
     anomaly: AnomalyConfig = Field(default_factory=AnomalyConfig)

@@ -51,6 +51,14 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
         raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be whole numbers: {error}") from error
 
 
+def job_end(environment: Mapping[str, str] = os.environ) -> float | None:
+    """When the Slurm job that we are in will be ended (Unix time); None where nobody says."""
+    try:
+        return float(environment["SLURM_JOB_END_TIME"])
+    except (KeyError, ValueError):
+        return None
+
+
 def visible_gpus(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> str | None:
     """Where this machine shows a GPU, in words: the scheduler's variables or the driver's files; None without one."""
     for variable in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "NVIDIA_VISIBLE_DEVICES"):

@@ -48,6 +48,8 @@ def distributed(ranks: Ranks, device: torch.device, timeout_seconds: float) -> I
     A CPU rank computes with its share of the machine's cores. On an error the group is left alone: peers may be gone,
     and a teardown that waits for them would hide the error.
     """
+    # torch's record of the last collectives, which tells who holds up the others when one hangs.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

@@ -1,4 +1,4 @@
-"""Starting the ranks of one machine through torch's elastic agent, in this very process."""
+"""Starting the ranks of one machine through torch's elastic agent, in this very process, and starting them again."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
+import socket
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from types import FrameType
 from typing import Any
 
@@ -18,20 +20,38 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from disttrain.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+from disttrain.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_GIVE_UP
 from disttrain.resilience import STOP_SIGNALS, StopRequest
 
 STOP_SECONDS = 300
 """How long ranks that were asked to stop may take for their checkpoint before they are killed."""
+LEAVE_SECONDS = 4.0
+"""How long the peers of a rank that died may take before they are killed."""
+LOOK_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a start of the ranks ended."""
+
+    code: int
+    """EXIT_DONE also where they stopped on request: status.json knows which."""
+    what: str = ""
+    """Which rank died of what, for people."""
+
+    @property
+    def may_start_again(self) -> bool:
+        """A rank died or hung; bad input, numbers gone bad and a disk that refuses come again."""
+        return self.code == EXIT_FAILED
 
 
 def launch_ranks(
-    entry: Callable[..., Any], args: tuple[Any, ...], nproc: int, device_type: str, earlier: StopRequest
-) -> int:
-    """Run `entry(*args)` in `nproc` processes until all are done; an exit code that says how they ended.
+    entry: Callable[..., Any], args: tuple[Any, ...], nproc: int, device_type: str, stop: StopRequest
+) -> Ended:
+    """Run `entry(*args)` in `nproc` processes until all are done, or one has died and the others were ended.
 
     A stop signal to this process reaches every rank; whether they left a committed checkpoint stands in status.json.
-    `earlier` has heard the signals that came before this call.
+    `stop` has heard the signals that came before this call.
     """
     _silence_agent()
     # torchrun does the same: as many threads as cores in every process would fight for them.
@@ -42,31 +62,33 @@ def launch_ranks(
         nproc_per_node=nproc,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
+        # A new one for each start: what the last ranks left in an old one keeps new ranks from meeting.
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         # Forked ranks start with torch imported; CUDA does not survive a fork.
         start_method="fork" if device_type == "cpu" else "spawn",
         **_agent_options(),
     )
+    undertaker = _Undertaker()
     try:
-        with _first_signal_raises(earlier):
+        with _signals_reach_ranks(stop), undertaker:
             elastic_launch(config, entry)(*args)
     except SignalException:
-        return EXIT_PREEMPTED
+        return Ended(EXIT_DONE)
     except ChildFailedError as error:
-        return _code_of_failure(error)
+        return _how_it_failed(error, undertaker.dead)
     finally:
         # A signal while ranks were being forked leaves some that the agent does not know of.
         for rank in multiprocessing.active_children():
             rank.kill()
-    return EXIT_DONE
+            rank.join()
+    return Ended(EXIT_DONE)
 
 
 def _agent_options() -> dict[str, Any]:
-    """What this torch's agent lets be said about stopping; older ones wait 30 s and have their own way with signals."""
+    """What this torch's agent lets be said about stopping; older ones have their own way with signals."""
     options = {
-        "shutdown_timeout": STOP_SECONDS,
-        # The stop signals are ours: the agent's own handlers would let a second signal break off the stop.
+        # The stop signals are ours: the agent would end ranks that are still at their last checkpoint.
         "signals_to_handle": "SIGQUIT",
     }
     known = {field.name for field in fields(LaunchConfig)}
@@ -74,18 +96,24 @@ def _agent_options() -> dict[str, Any]:
 
 
 @contextmanager
-def _first_signal_raises(earlier: StopRequest) -> Iterator[None]:
-    """The agent answers a SignalException by stopping its ranks; later stop signals are ignored while it does so."""
+def _signals_reach_ranks(stop: StopRequest) -> Iterator[None]:
+    """A stop signal is passed on to the ranks, which end by themselves; later ones change nothing."""
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        # Not SIG_IGN: Python complains on stderr of a signal that came while its handler was taken away.
-        for ignored in STOP_SIGNALS:
-            signal.signal(ignored, lambda number, frame: None)
-        raise SignalException(f"got signal {number}", signal.Signals(number))
+        first, stop.reason = stop.reason is None, stop.reason or signal.Signals(number).name
+        if not first:
+            return
+        ranks = multiprocessing.active_children()
+        if not ranks:
+            raise SignalException(f"got signal {number} before there were ranks", signal.Signals(number))
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(rank.pid or 0, signal.SIGTERM)
+        threading.Thread(target=_kill_later, args=(ranks,), daemon=True).start()
 
     before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
-        if earlier.wanted:
+        if stop.wanted:
             raise SignalException("got a signal before the ranks were started", signal.SIGTERM)
         yield
     finally:
@@ -93,14 +121,58 @@ def _first_signal_raises(earlier: StopRequest) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _code_of_failure(error: ChildFailedError) -> int:
-    """The exit code of the rank that ended first, if it has a meaning; a rank that was killed cannot say so itself."""
-    codes = {failure.exitcode for failure in error.failures.values()}
-    for rank, failure in error.failures.items():
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            print(f"error: rank {rank} (process {failure.pid}) was killed by {name}", file=sys.stderr, flush=True)
-    return next((code for code in (EXIT_BAD_INPUT, EXIT_PREEMPTED) if code in codes), EXIT_FAILED)
+class _Undertaker:
+    """Remembers who died first, and ends their peers: the agent gives these half a minute, whatever it is told, which
+    one that is stopped or hangs would use up."""
+
+    def __init__(self) -> None:
+        self.dead: dict[int, tuple[int, int]] = {}
+        """Process and exit code by rank, of those that had failed when the first death was seen."""
+        self._ranks: list[Any] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="undertaker", daemon=True)
+
+    def __enter__(self) -> _Undertaker:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+        if not self.dead:
+            self._look()
+
+    def _watch(self) -> None:
+        while not self.dead and not self._over.wait(LOOK_SECONDS):
+            self._look()
+        if not self._over.wait(LEAVE_SECONDS):
+            for rank in self._ranks:
+                rank.kill()
+
+    def _look(self) -> None:
+        # Not active_children, which would collect the dead, whose exit codes the agent wants to see.
+        children = multiprocessing.process._children  # type: ignore[attr-defined]
+        self._ranks = sorted({*self._ranks, *children}, key=lambda child: child.pid)
+        self.dead = {rank: (child.pid, code) for rank, child in enumerate(self._ranks) if (code := child.exitcode)}
+
+
+def _kill_later(ranks: list[Any]) -> None:
+    time.sleep(STOP_SECONDS)
+    for rank in ranks:
+        rank.kill()
+
+
+def _how_it_failed(error: ChildFailedError, dead: dict[int, tuple[int, int]]) -> Ended:
+    """By the rank that ended first, if its exit code has a meaning; a rank that was killed cannot say so itself."""
+    codes = {failure.exitcode for failure in error.failures.values()} | {code for _, code in dead.values()}
+    code = next((code for code in (EXIT_BAD_INPUT, EXIT_GIVE_UP) if code in codes), EXIT_FAILED)
+    # SIGTERM is what the agent sends to the others.
+    killed = {rank: one for rank, one in dead.items() if one[1] < 0 and one[1] != -signal.SIGTERM}
+    if not killed:
+        return Ended(code)
+    rank, (process, number) = min(killed.items())
+    what = f"rank {rank} on {socket.gethostname()} (process {process}) was killed by {signal.Signals(-number).name}"
+    return Ended(code, what)
 
 
 def _silence_agent() -> None:

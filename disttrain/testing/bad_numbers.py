@@ -75,7 +75,7 @@ def spoilt_run(
     rank: int, world: int, config: str, overrides: Sequence[str], faults: Sequence[Fault]
 ) -> tuple[str, list[str]]:
     """How a run of the `config` file ends in this process group, or with which problems; for the rank pool."""
-    from disttrain.train.loop import run_training
+    from disttrain.train.run import run_training
 
     run: Any = prepare_run(load_config(Path(config), list(overrides)).config)
     with spoilt(rank, faults), redirect_stdout(io.StringIO()):

@@ -17,6 +17,7 @@ from disttrain.checkpoint.manifest import committed_steps
 from disttrain.config import RunConfig
 from disttrain.errors import StorageError, UserError
 
+_TAIL_BYTES = 1 << 18
 State = Literal["running", "completed", "preempted", "failed"]
 
 
@@ -47,6 +48,15 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def stop_file(self) -> Path:
+        """Whoever makes it asks the run to stop."""
+        return self.path / "STOP"
+
+    @property
+    def hang(self) -> Path:
+        return self.path / "hang"
+
+    @property
     def traces(self) -> Path:
         return self.path / "trace"
 
@@ -75,6 +85,15 @@ class RunFolder:
         """Failed, at the step that a restart would begin with."""
         steps = committed_steps(self.checkpoints)
         self.write_status("failed", int(steps[0].name.removeprefix("step-")) if steps else 0)
+
+    def last_step(self) -> int:
+        """Of the last whole row of metrics.jsonl; 0 where there is none."""
+        with suppress(OSError), self.metrics.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            for line in reversed(file.read().splitlines()):
+                with suppress(ValueError, KeyError, TypeError):
+                    return int(json.loads(line)["step"])
+        return 0
 
     def write_config(self, config: RunConfig) -> None:
         self._write_json("config.json", config.model_dump(mode="json"))

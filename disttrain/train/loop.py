@@ -12,7 +12,7 @@ from disttrain.distributed.env import Ranks
 from disttrain.monitor import Ending, StepProfiler
 from disttrain.optim.noise_scale import ENOUGH, NoiseScale
 from disttrain.parallel import device_notes, parameters_will_change
-from disttrain.resilience import StopRequest
+from disttrain.resilience import StopRequest, Watchdog
 from disttrain.train.batches import resume_batches
 from disttrain.train.begin import begin_run
 from disttrain.train.build import build_batch_law, build_training
@@ -29,26 +29,11 @@ from disttrain.train.saving import RunCheckpoints, room_note
 from disttrain.train.step import StepResult, train_step
 
 
-def run_training(run: PreparedRun, ranks: Ranks, device: torch.device) -> Ending:
-    """Train to the end or to a requested stop, from the newest checkpoint if there is one. Collective.
-
-    Raises UserError (on every rank) when the data, a checkpoint or the disk cannot be used.
-    """
-    with StopRequest() as stop:
-        loop = TrainingLoop(run, ranks, device)
-        try:
-            state = loop.run(stop)
-            loop.output.leave(state)
-        except BaseException as error:
-            loop.output.failed(error)
-            raise
-    return state
-
-
 class TrainingLoop:
     """The parts of a run on one rank, and the position that they have reached."""
 
-    def __init__(self, run: PreparedRun, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, run: PreparedRun, ranks: Ranks, device: torch.device, watchdog: Watchdog) -> None:
+        self.watchdog, self._warned_of_hang_seconds = watchdog, False
         self.config, self.data, self.ranks, self.device = run.config, run.data, ranks, device
         self.parts = build_training(run.config, run.data, ranks, device)
         self.guard = StepGuard(self.parts.optimizer, run.config.parallel.param_dtype == "fp16")
@@ -80,12 +65,14 @@ class TrainingLoop:
 
     def run(self, stop: StopRequest) -> Ending:
         self.run_time.ready()
+        patience = self.config.resilience.collective_timeout_seconds
         while self.position.step < self.total_steps:
             before = self.position.step
             stopping = self._step(stop.wanted)
             if self.position.step <= before:
                 continue  # rolled back
             step, last = self.position.step, self.position.step >= self.total_steps
+            self.watchdog.enter("evaluation, or saving", patience, step)
             # Before the checkpoint: a run that is cut short in the evaluation does it again when it resumes.
             if step % self.config.monitor.evaluate_every == 0 or last:
                 self._evaluate()
@@ -93,6 +80,7 @@ class TrainingLoop:
                 self._save(last=last or stopping)
             if stopping and not last:
                 return "preempted"
+        self.watchdog.enter("the end", patience, self.position.step)
         with self.run_time.lost_to("finish"):
             self._finish()
         return "completed"
@@ -103,6 +91,7 @@ class TrainingLoop:
         length, every = self.config.train.sequence_length, self.config.monitor.noise_scale_every
         reached = self.position.after(samples, length)
         logging = reached.step % self.config.monitor.log_every == 0 or reached.step in (1, self.total_steps)
+        self._watch_step(reached.step)
         self.profiler.before(reached.step)
         self.first_update.before()
         self.measured.before(logging)
@@ -136,6 +125,20 @@ class TrainingLoop:
         self.checkpoints.look(reached.step, result.saving)
         self._answer(self.guard.look(reached.step, consumed, result))
         return result.stop
+
+    def _watch_step(self, step: int) -> None:
+        """A step may take `hang_seconds`, or thrice what the last one took; the first one compiles and connects."""
+        resilience, last = self.config.resilience, self.run_time.last_step_seconds
+        if last is None:
+            self.watchdog.enter("the first step", resilience.collective_timeout_seconds, step)
+            return
+        if last > resilience.hang_seconds and not self._warned_of_hang_seconds:
+            self._warned_of_hang_seconds = True
+            self.output.warn(
+                f"resilience.hang_seconds = {resilience.hang_seconds:g} is shorter than a step, which took "
+                f"{last:.1f} s: a rank that hangs is noticed after {3 * last:.0f} s; raise it"
+            )
+        self.watchdog.enter("a step", max(resilience.hang_seconds, 3 * last), step)
 
     def _answer(self, seen: list[bool | BadStep]) -> None:
         """Leave bad steps left out, or go back to before them and on behind their data."""

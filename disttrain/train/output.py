@@ -14,6 +14,7 @@ from disttrain.distributed.env import Ranks
 from disttrain.monitor import ConsoleSink, Ending, Event, JsonlSink, Value
 from disttrain.optim import OptimizerSet, Safeguards
 from disttrain.optim.ownership import ownership, ownership_record, ownership_table
+from disttrain.resilience import lost_peers
 from disttrain.train.environment import describe_environment
 from disttrain.train.folder import disk_errors
 from disttrain.train.preflight import PreparedRun
@@ -56,6 +57,9 @@ class RunOutput:
         self.event("resume" if resumed else "start", f"{ranks.world} processes on {environment['device']}")
         for note in notes:
             self.console.say(note)
+        if self.folder.stop_file.exists():
+            self.folder.stop_file.unlink(missing_ok=True)
+            self.warn(f"{self.folder.stop_file} was left from before and is taken away: make it again to stop this run")
 
     def reached(self, step: int, tokens: int) -> None:
         """Where the run is: what is told from now on is told of there."""
@@ -154,15 +158,19 @@ class RunOutput:
             self.sinks.sample(self.step, text)
             self.console.say(f"sample after {self.step} steps:\n{text}")
 
-    def leave(self, state: Ending) -> None:
-        """The last word of a run that ends as it should."""
+    def leave(self, state: Ending, reason: str | None = None) -> None:
+        """The last word of a run that ends as it should; `reason` is why it was asked to stop."""
         if self.console is None:
             return
         if self._checkpoint:
             self._record({"step": self.step, "tokens": self.tokens, "unix_seconds": time.time()})
         self.console.close()
         done = "done" if state == "completed" else "stopped on request with a checkpoint; start again to resume"
-        self.event("stop" if state == "preempted" else state, done)
+        if state == "preempted":
+            self.folder.stop_file.unlink(missing_ok=True)  # it was obeyed
+            self.event("stop", f"{reason or 'another rank was asked to stop'}; {done}")
+        else:
+            self.event(state, done)
         self.sinks.close(state)
         with disk_errors(self.folder.path):
             self.jsonl.close()
@@ -174,7 +182,8 @@ class RunOutput:
         if self.console is None:
             return
         self.console.close()
-        self.event("failed", (str(error).splitlines() or [type(error).__name__])[0])
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        self.event("failed", "the other ranks are gone" if lost_peers(error) else first_line)
         self.sinks.close("failed")
 
     def _record(self, record: dict[str, Value]) -> None:

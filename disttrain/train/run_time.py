@@ -28,6 +28,7 @@ class RunTime:
             self._lose("down", down)
             wall += down
         self._began = started - wall
+        self.last_step_seconds: float | None = None
         self._mark = time.perf_counter()
 
     def ready(self) -> None:
@@ -38,7 +39,8 @@ class RunTime:
     def step(self) -> None:
         """A step has ended."""
         now = time.perf_counter()
-        self.productive_seconds += now - self._mark
+        self.last_step_seconds = now - self._mark
+        self.productive_seconds += self.last_step_seconds
         self._mark = now
 
     def rolled_back(self, kept_seconds: float) -> None:

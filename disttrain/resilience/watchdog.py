@@ -1,0 +1,110 @@
+"""A thread in every rank that notices when the rank stays where it is, writes down where that is, and ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from disttrain.distributed.env import Ranks
+from disttrain.errors import EXIT_FAILED
+from disttrain.resilience.hang import Testimony, accuse, last_collective, read_testimonies
+
+LOOK_SECONDS = 0.5
+WAIT_SECONDS = 3.0
+"""For what the other ranks have to say: all of them have been waiting about as long."""
+ORPHAN_SECONDS = 60.0
+"""How long a rank whose parent has died may take to leave a checkpoint."""
+
+
+class Watchdog:
+    """`enter(phase, seconds)` begins something that may take so long; nothing is watched before the first call.
+
+    When a rank hangs, every rank that can writes `folder`/rank-R.json and ends the process with `EXIT_FAILED`, for a
+    collective waits for all. The first rank that wrote also says who is to blame, once the others have written.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, blame: Callable[[int, str], None]) -> None:
+        self.folder, self.ranks, self.blame = folder, ranks, blame
+        self.step = 0
+        self._phase, self._limit, self._since = "", float("inf"), time.monotonic()
+        self._parent = os.getppid()
+        self._orphaned: float | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        for old in self.folder.glob("rank-*.json") if self.ranks.is_first else ():
+            with suppress(OSError):
+                old.unlink()
+        self._main = threading.get_ident()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def enter(self, phase: str, seconds: float, step: int) -> None:
+        self.step, self._phase, self._limit = step, phase, seconds
+        self._since = time.monotonic()
+
+    def _run(self) -> None:
+        while not self._stop.wait(LOOK_SECONDS):
+            self._look_after_parent()
+            stayed = time.monotonic() - self._since
+            if stayed > self._limit:
+                self._testify(stayed)
+
+    def _look_after_parent(self) -> None:
+        """The parent's death is a wish to stop (a signal comes with it); a rank that cannot follow it ends here."""
+        if os.getppid() == self._parent:
+            return
+        self._orphaned = self._orphaned or time.monotonic()
+        if time.monotonic() - self._orphaned > ORPHAN_SECONDS:
+            os._exit(EXIT_FAILED)
+
+    def _testify(self, stayed: float) -> None:
+        frames = sys._current_frames()
+        stack = traceback.format_stack(frames[self._main]) if self._main in frames else []
+        testimony = Testimony(
+            rank=self.ranks.rank,
+            host=socket.gethostname(),
+            process=os.getpid(),
+            step=self.step,
+            phase=self._phase,
+            seconds=stayed,
+            collective=last_collective(_flight_record()),
+            stack=stack,
+        )
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            whole = self.folder / f"rank-{self.ranks.rank}.json.tmp"
+            whole.write_text(json.dumps(vars(testimony), indent=1) + "\n", encoding="utf-8")
+            whole.replace(whole.with_suffix(""))
+        self._stop.wait(WAIT_SECONDS)
+        self._accuse()
+        os._exit(EXIT_FAILED)
+
+    def _accuse(self) -> None:
+        found = read_testimonies(self.folder)
+        if found and min(found) == self.ranks.rank:
+            self.blame(self.step, accuse(found, self.ranks.world))
+
+
+def _flight_record() -> dict[str, Any]:
+    """torch's record of this rank's last collectives; empty where this torch has none."""
+    with suppress(Exception):
+        from torch._C import _distributed_c10d
+
+        dump: Any = _distributed_c10d
+        return dict(json.loads(dump._dump_fr_trace_json()))
+    return {}
