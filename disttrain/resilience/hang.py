@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Testimony:
+class Whereabouts:
     """Where one rank is."""
 
     rank: int
@@ -44,19 +44,19 @@ def last_collective(record: Mapping[str, Any]) -> tuple[int, str] | None:
     return int(last["collective_seq_id"]), str(last.get("profiling_name", "a collective"))
 
 
-def read_testimonies(folder: Path) -> dict[int, Testimony]:
+def read_whereabouts(folder: Path) -> dict[int, Whereabouts]:
     found = {}
     for path in folder.glob("rank-*.json"):
         with suppress(OSError, ValueError, TypeError, KeyError):
             content = json.loads(path.read_text(encoding="utf-8"))
             collective = content["collective"]
-            one = Testimony(**content | {"collective": tuple(collective) if collective else None})
+            one = Whereabouts(**content | {"collective": tuple(collective) if collective else None})
             found[one.rank] = one
     return found
 
 
-def accuse(found: Mapping[int, Testimony], world: int) -> str:
-    """One line: who is to blame, and why. `found` has at least one testimony.
+def accuse(found: Mapping[int, Whereabouts], world: int) -> str:
+    """One line: who is to blame, and why. `found` has at least one account.
 
     A rank that says nothing is stopped, or computes without ever letting Python run; one that has entered fewer
     collectives than the others is what they wait for; one in another collective has left the common order.
@@ -65,9 +65,12 @@ def accuse(found: Mapping[int, Testimony], world: int) -> str:
     step = max(one.step for one in found.values())
     head = f"no progress in step {step} for {max(one.seconds for one in found.values()):.0f} s: "
     if silent:
-        noun = "ranks" if len(silent) > 1 else "rank"
-        names = ", ".join(map(str, silent))
-        return f"{head}{noun} {names} of {world} does not answer at all (stopped, or out of Python's reach)"
+        who = (
+            f"ranks {', '.join(map(str, silent))} of {world} do"
+            if len(silent) > 1
+            else f"rank {silent[0]} of {world} does"
+        )
+        return f"{head}{who} not answer at all (stopped, or out of Python's reach)"
     known = {rank: one.collective for rank, one in found.items() if one.collective is not None}
     if len(known) < len(found) or not known:
         return f"{head}nobody is behind as far as can be seen; {_places(found)}"
@@ -91,9 +94,9 @@ def accuse(found: Mapping[int, Testimony], world: int) -> str:
     return f"{head}all ranks are in the same collective, {known[min(known)][1]}: the network, or a rank's thread of it"
 
 
-def _place(one: Testimony) -> str:
+def _place(one: Whereabouts) -> str:
     return " ".join(one.stack[-1].split()) if one.stack else one.phase
 
 
-def _places(found: Mapping[int, Testimony]) -> str:
+def _places(found: Mapping[int, Whereabouts]) -> str:
     return "; ".join(f"rank {rank} in {_place(one)}" for rank, one in sorted(found.items())[:4])

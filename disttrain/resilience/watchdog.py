@@ -16,7 +16,7 @@ from typing import Any
 
 from disttrain.distributed.env import Ranks
 from disttrain.errors import EXIT_FAILED
-from disttrain.resilience.hang import Testimony, accuse, last_collective, read_testimonies
+from disttrain.resilience.hang import Whereabouts, accuse, last_collective, read_whereabouts
 
 LOOK_SECONDS = 0.5
 WAIT_SECONDS = 3.0
@@ -62,7 +62,7 @@ class Watchdog:
             self._look_after_parent()
             stayed = time.monotonic() - self._since
             if stayed > self._limit:
-                self._testify(stayed)
+                self._tell(stayed)
 
     def _look_after_parent(self) -> None:
         """The parent's death is a wish to stop (a signal comes with it); a rank that cannot follow it ends here."""
@@ -72,10 +72,10 @@ class Watchdog:
         if time.monotonic() - self._orphaned > ORPHAN_SECONDS:
             os._exit(EXIT_FAILED)
 
-    def _testify(self, stayed: float) -> None:
+    def _tell(self, stayed: float) -> None:
         frames = sys._current_frames()
         stack = traceback.format_stack(frames[self._main]) if self._main in frames else []
-        testimony = Testimony(
+        account = Whereabouts(
             rank=self.ranks.rank,
             host=socket.gethostname(),
             process=os.getpid(),
@@ -88,14 +88,14 @@ class Watchdog:
         with suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             whole = self.folder / f"rank-{self.ranks.rank}.json.tmp"
-            whole.write_text(json.dumps(vars(testimony), indent=1) + "\n", encoding="utf-8")
+            whole.write_text(json.dumps(vars(account), indent=1) + "\n", encoding="utf-8")
             whole.replace(whole.with_suffix(""))
         self._stop.wait(WAIT_SECONDS)
         self._accuse()
         os._exit(EXIT_FAILED)
 
     def _accuse(self) -> None:
-        found = read_testimonies(self.folder)
+        found = read_whereabouts(self.folder)
         if found and min(found) == self.ranks.rank:
             self.blame(self.step, accuse(found, self.ranks.world))
 
