@@ -44,10 +44,13 @@ def last_collective(record: Mapping[str, Any]) -> tuple[int, str] | None:
     return int(last["collective_seq_id"]), str(last.get("profiling_name", "a collective"))
 
 
-def read_whereabouts(folder: Path) -> dict[int, Whereabouts]:
+def read_whereabouts(folder: Path, since: float = 0.0) -> dict[int, Whereabouts]:
+    """Written at or after `since` (Unix time), by rank."""
     found = {}
     for path in folder.glob("rank-*.json"):
         with suppress(OSError, ValueError, TypeError, KeyError):
+            if path.stat().st_mtime < since:
+                continue
             content = json.loads(path.read_text(encoding="utf-8"))
             collective = content["collective"]
             one = Whereabouts(**content | {"collective": tuple(collective) if collective else None})

@@ -42,9 +42,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        for old in self.folder.glob("rank-*.json") if self.ranks.is_first else ():
-            with suppress(OSError):
-                old.unlink()
+        self._began = time.time()
         self._main = threading.get_ident()
         self._thread.start()
         return self
@@ -95,7 +93,8 @@ class Watchdog:
         os._exit(EXIT_FAILED)
 
     def _accuse(self) -> None:
-        found = read_whereabouts(self.folder)
+        # What an earlier start has left stays there for people.
+        found = read_whereabouts(self.folder, since=self._began)
         if found and min(found) == self.ranks.rank:
             self.blame(self.step, accuse(found, self.ranks.world))
 

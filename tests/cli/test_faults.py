@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import time
@@ -81,7 +82,10 @@ def test_a_stopped_rank_is_named_and_started_again(config: Path, undisturbed: di
         ended = finish(process)
     assert ended.code == 0, ended
     assert "rank 1 of 2 does not answer at all (stopped, or out of Python's reach)" in ended.err
-    assert (folder / "hang/rank-0.json").exists() or "resume" in kinds(folder)
+    where = json.loads((folder / "hang/rank-0.json").read_text())
+    assert (where["rank"], where["phase"]) == (0, "a step")
+    assert where["stack"]
+    assert where["collective"][0] > 0
     assert losses(folder) == undisturbed
     assert "hang" in kinds(folder)
     assert not processes_of(folder)

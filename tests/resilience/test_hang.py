@@ -1,6 +1,7 @@
 """Who is to blame, from what ranks wrote down."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def test_files_that_are_torn_are_no_account(tmp_path: Path) -> None:
     (tmp_path / "rank-1.json").write_text('{"rank": 1')
     (tmp_path / "rank-2.json").write_text("{}")
     assert read_whereabouts(tmp_path) == {0: ONE}
+    assert read_whereabouts(tmp_path, since=time.time() + 60) == {}
 
 
 @pytest.mark.parametrize(
