@@ -41,6 +41,7 @@ from disttrain.testing import RankPool
 from disttrain.train.build import build_training
 from disttrain.train.measurements import Measurements
 from disttrain.train.output import RunOutput
+from disttrain.train.position import Position
 from disttrain.train.preflight import prepare_run
 from disttrain.train.run_time import resume_time
 from disttrain.train.step import train_step
@@ -137,7 +138,8 @@ class Watched:
             dist.barrier()
             began = time.perf_counter()
             self.output.reached(self.step, self.samples * 256)
-            row = self.measured.row(result, step=self.step, samples=self.samples, steps_left=1, batch_tokens=1024)
+            position = Position(self.step, self.samples, self.samples * 256)
+            row = self.measured.row(result, position, steps_left=1, batch_tokens=1024)
             self.output.log(row)
             self.calls += time.perf_counter() - began
 

@@ -175,14 +175,7 @@ class TrainingLoop:
         for warning in self.measured.safeguards.warnings():
             self.output.warn(f"step {self.position.step}: {warning}")
         left = self.total_steps - self.position.step
-        record = self.measured.row(
-            result,
-            step=self.position.step,
-            samples=self.position.samples,
-            tokens=self.position.tokens,
-            steps_left=left,
-            batch_tokens=batch_tokens,
-        )
+        record = self.measured.row(result, self.position, steps_left=left, batch_tokens=batch_tokens)
         self.output.log(record)
 
     def _follow_noise(self) -> None:

@@ -16,6 +16,7 @@ from disttrain.optim.noise_scale import NoiseScale
 from disttrain.optim.update_size import UpdateSizes
 from disttrain.train.build import Training
 from disttrain.train.group_metrics import GroupMetrics
+from disttrain.train.position import Position
 from disttrain.train.run_time import RunTime
 from disttrain.train.safeguard_metrics import SafeguardMetrics
 from disttrain.train.step import StepResult
@@ -83,17 +84,15 @@ class Measurements:
                 self.metrics.add(moved, updates, elements)
                 self.metrics.add(held, weights, elements)
 
-    def row(
-        self, result: StepResult, *, step: int, samples: int, tokens: int, steps_left: int, batch_tokens: int
-    ) -> dict[str, Value]:
+    def row(self, result: StepResult, position: Position, *, steps_left: int, batch_tokens: int) -> dict[str, Value]:
         """What is known after a step that was announced as one to be logged. Collective."""
         reduced, steps = self._reduce(), self._steps
         length = self.config.train.sequence_length
         productive = self.run_time.productive_seconds - self._productive_seconds
-        tokens_per_second = (samples - self._samples) * length / productive
+        tokens_per_second = (position.samples - self._samples) * length / productive
         record: dict[str, Value] = {
-            "step": step,
-            "tokens": tokens,
+            "step": position.step,
+            "tokens": position.tokens,
             "unix_seconds": time.time(),
             "loss": reduced["loss"] / max(result.valid_tokens, 1),
             "grad_norm": result.update.grad_norm.item(),
@@ -117,7 +116,7 @@ class Measurements:
             record["loss_scale"] = result.update.loss_scale.item()
         if self.config.monitor.rank_metrics:
             record |= _by_rank(reduced, ["own_step_seconds", *self.use.names])
-        self.restart(samples)
+        self.restart(position.samples)
         return record
 
     def _reductions(self) -> Mapping[str, Reduction]:

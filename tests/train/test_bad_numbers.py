@@ -44,8 +44,13 @@ def rows(folder: Path) -> dict[int, dict[str, Any]]:
     return {row["step"]: row for row in lines(folder, "metrics.jsonl") if "loss" in row}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp"])
-@pytest.mark.parametrize(("where", "value"), [*itertools.product(["loss", "gradient"], ["nan", "inf", "spike"])])
+@pytest.mark.parametrize(
+    ("strategy", "where", "value"),
+    [
+        *itertools.product(["fsdp"], ["loss", "gradient"], ["nan", "inf", "spike"]),
+        *itertools.product(["ddp", "hsdp"], ["gradient"], ["nan", "spike"]),
+    ],
+)
 def test_one_step_is_left_out(
     pool: RankPool, config: Path, tmp_path: Path, strategy: str, where: Any, value: Any
 ) -> None:
