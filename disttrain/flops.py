@@ -13,7 +13,7 @@ PEAK_FLOPS = {
     "NVIDIA B200": (2250e12, 75e12),
     "NVIDIA L40S": (362e12, 91.6e12),
     "NVIDIA L4": (121e12, 30.3e12),
-    "Tesla V100": (125e12, 15.7e12),
+    "Tesla V100-SXM2": (125e12, 15.7e12),
     "Tesla T4": (65e12, 8.1e12),
 }
 """FLOP/s by the beginning of a device's name; longer names come before what they begin with."""
@@ -31,15 +31,16 @@ def training_flops_per_token(matmul_parameters: int, n_layers: int, d_attention:
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """What one device offers in FLOP/s for matrices of `dtype` (bf16, fp16, fp32); None for a device not in the table.
-
-    Bf16 on cards older than A100 has no tensor cores: None too.
-    """
-    for name, (half, single) in PEAK_FLOPS.items():
-        if device_name.startswith(name):
-            if dtype == "bf16" and name.startswith("Tesla"):
-                return None
-            return single if dtype == "fp32" else half
+    """What one device offers in FLOP/s for matrices of `dtype` (bf16, fp16, fp32); None for a device that is not in the
+    table, and for a part of one (MIG). Bf16 on cards older than A100 has no tensor cores: None too."""
+    column = {"bf16": 0, "fp16": 0, "fp32": 1}.get(dtype)
+    if column is None or "MIG" in device_name or (dtype == "bf16" and device_name.startswith("Tesla")):
+        return None
+    for name, peaks in PEAK_FLOPS.items():
+        rest = device_name.removeprefix(name)
+        # An L40 is no L4.
+        if rest != device_name and not rest[:1].isalnum():
+            return peaks[column]
     return None
 
 

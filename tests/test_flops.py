@@ -24,7 +24,16 @@ def test_peaks_of_known_devices_only() -> None:
     assert peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12
     assert peak_flops("Tesla V100-SXM2-16GB", "fp16") == 125e12
     assert peak_flops("Tesla V100-SXM2-16GB", "bf16") is None
-    assert peak_flops("NVIDIA GeForce RTX 9090", "bf16") is None
+    for unknown in (
+        "NVIDIA GeForce RTX 9090",
+        "NVIDIA L40",
+        "Tesla T40",
+        "Tesla V100-PCIE-16GB",
+        "NVIDIA H100 MIG 1g.10gb",
+    ):
+        assert peak_flops(unknown, "fp16") is None, unknown
+    assert peak_flops("NVIDIA L4", "fp16") == 121e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", "fp64") is None
 
 
 def test_longer_names_come_first() -> None:

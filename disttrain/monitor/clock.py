@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 WAITING = "communication"
+MANY_EVENTS = 4096
 _OWN = ("forward", "backward", "optimizer")
 """Parts in which a thread that sleeps waits for other ranks."""
 
@@ -26,7 +27,7 @@ class StepClock(Protocol):
         ...
 
     def read(self) -> tuple[dict[str, float], list[float]]:
-        """Seconds of each part since the last call, and of each step, without what it waited for others.
+        """Seconds of each part since the last call, and of each step; on a CPU without what it waited for others.
 
         Waits for the device where that has the clock: call it when it was waited for anyway.
         """
@@ -92,6 +93,8 @@ class EventClock:
         self._laps: list[tuple[str, torch.cuda.Event]] = []
         self._steps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._host: dict[str, float] = {}
+        self._parts: dict[str, float] = {}
+        self._step_seconds: list[float] = []
         self.start()
 
     def start(self) -> None:
@@ -112,16 +115,26 @@ class EventClock:
 
     def stop(self) -> None:
         self._steps.append((self._first, self._laps[-1][1]))
+        # Rows may be far apart: what the device has done needs no events any more.
+        if len(self._laps) > MANY_EVENTS and self._laps[-1][1].query():
+            self._fold()
 
     def read(self) -> tuple[dict[str, float], list[float]]:
         torch.cuda.synchronize(self.device)
-        parts = {part: seconds for part, seconds in self._host.items() if part != WAITING}
+        self._fold()
+        parts, steps = self._parts, self._step_seconds
+        self._parts, self._step_seconds = {}, []
+        return parts, steps
+
+    def _fold(self) -> None:
+        for part, seconds in self._host.items():
+            if part != WAITING:
+                self._parts[part] = self._parts.get(part, 0.0) + seconds
         for (_, before), (part, after) in zip(self._laps, self._laps[1:], strict=False):
             if part:
-                parts[part] = parts.get(part, 0.0) + before.elapsed_time(after) / 1e3
-        steps = [first.elapsed_time(last) / 1e3 for first, last in self._steps]
+                self._parts[part] = self._parts.get(part, 0.0) + before.elapsed_time(after) / 1e3
+        self._step_seconds += [first.elapsed_time(last) / 1e3 for first, last in self._steps]
         self._laps, self._steps, self._host = [], [], {}
-        return parts, steps
 
     def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)

@@ -40,11 +40,17 @@ class Reduced:
 
     values: dict[str, float]
     histograms: dict[str, Histogram]
-    by_rank: dict[str, list[float]]
-    """The same values before ranks were put together, in the order of ranks."""
+    columns: dict[str, tuple[Tensor, str]]
+    """What each rank has added, [ranks, parts], and its reduction."""
 
     def __getitem__(self, name: str) -> float:
         return self.values[name]
+
+    def by_rank(self, name: str) -> list[float]:
+        """The value before ranks were put together, in the order of ranks."""
+        rows, kind = self.columns[name]
+        found: list[float] = (rows[:, 0] / rows[:, 1] if kind == "mean" else rows[:, 0]).tolist()
+        return found
 
 
 class MetricBuffer:
@@ -87,17 +93,14 @@ class MetricBuffer:
         rows = dist_all_gather_rows(torch.cat(parts)).cpu()
         widths = [*(len(held) for held in self._held.values()), *(len(counts) for counts in self._counts.values())]
         columns = dict(zip([*self._held, *self._counts], rows.split(widths, dim=1), strict=True))
-        values = {name: _over_ranks(columns[name], str(self.reductions[name])) for name in self._held}
-        by_rank = {
-            name: [_over_ranks(row.unsqueeze(0), str(self.reductions[name])) for row in columns[name]]
-            for name in self._held
-        }
+        kinds = {name: str(self.reductions[name]) for name in self._held}
+        values = {name: _over_ranks(columns[name], kind) for name, kind in kinds.items()}
         histograms = {
             name: Histogram.trimmed(bins.edges, columns[name].sum(0).long().tolist())
             for name, bins in self._bins.items()
         }
         self._clear()
-        return Reduced(values, histograms, by_rank)
+        return Reduced(values, histograms, {name: (columns[name], kind) for name, kind in kinds.items()})
 
     def _count(self, name: str, value: Tensor | float) -> Tensor:
         values = torch.as_tensor(value, device=self.device).detach().double().reshape(-1, 1)

@@ -39,9 +39,13 @@ class StepProfiler:
         with _quiet():
             self._profile.__enter__()
 
+    def due(self, step: int, last: int) -> bool:
+        """Whether `after` has something to do: the last step to profile, or the run's `last`, is over."""
+        return self._profile is not None and self.steps is not None and step >= min(self.steps[1], last)
+
     def after(self, step: int) -> list[str]:
-        """Lines to tell, on the first rank, once the last step has been profiled; nothing otherwise."""
-        if self._profile is None or self.steps is None or step < self.steps[1]:
+        """Write what was profiled; lines to tell, on the first rank."""
+        if self._profile is None:
             return []
         if self.on_cuda:
             torch.cuda.synchronize()
@@ -50,8 +54,11 @@ class StepProfiler:
             profiled.__exit__(None, None, None)
         try:
             summary = self._write(profiled, step)
-        except OSError as error:
-            return [f"warning: profile not written: {error.filename or self.folder}: {error.strerror or error}"]
+        except (OSError, ValueError, RuntimeError) as error:
+            return [f"profile not written into {self.folder}: {error}"]
+        finally:
+            if self.on_cuda:
+                torch.cuda.memory._record_memory_history(enabled=None)
         return describe(summary, self.folder) if self.ranks.is_first else []
 
     def _write(self, profiled: profile, step: int) -> dict[str, Any]:
@@ -60,7 +67,6 @@ class StepProfiler:
         profiled.export_chrome_trace(str(trace))
         if self.on_cuda:
             torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-{self.ranks.rank}.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
         if not self.ranks.is_first:
             return {}
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
@@ -73,8 +79,13 @@ class StepProfiler:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the lines that torch's tracer prints on stderr at any log level, into the middle of a progress bar."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no stderr
+        yield
+        return
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield

@@ -98,9 +98,9 @@ class TrainingLoop:
         clock = self.measured.clock
         clock.start()
         batches = self.parts.loader.microbatches(self.position.samples, samples)
-        clock.lap("data")
         for line in self.law.follow(samples * length):
             self.output.say(line)
+        clock.lap("data")
         result = train_step(
             self.parts.engine,
             [(torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)) for batch in batches],
@@ -119,8 +119,10 @@ class TrainingLoop:
         self.first_update.after(result.update)
         if logging:
             self._log(result, samples * length)
-        for line in self.profiler.after(reached.step):
-            self.output.say(line)
+        if self.profiler.due(reached.step, self.total_steps):
+            with self.run_time.lost_to("profile"):
+                for line in self.profiler.after(reached.step):
+                    self.output.say(line)
         self._follow_noise()
         self.checkpoints.look(reached.step, result.saving)
         self._answer(self.guard.look(reached.step, consumed, result))

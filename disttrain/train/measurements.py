@@ -162,7 +162,7 @@ class Measurements:
 
 
 def _by_rank(reduced: Reduced, names: list[str]) -> dict[str, Any]:
-    return {f"rank/{rank}/{name}": value for name in names for rank, value in enumerate(reduced.by_rank[name])}
+    return {f"rank/{rank}/{name}": value for name in names for rank, value in enumerate(reduced.by_rank(name))}
 
 
 def _peak_flops(device: torch.device, dtype: str) -> float | None:

@@ -19,7 +19,7 @@ from disttrain.train.environment import describe_environment
 from disttrain.train.folder import disk_errors
 from disttrain.train.preflight import PreparedRun
 from disttrain.train.run_time import RunTime
-from disttrain.train.sinks import build_sinks, wandb_run_id
+from disttrain.train.sinks import RunSinks, build_sinks, wandb_run_id
 
 
 class RunOutput:
@@ -53,6 +53,8 @@ class RunOutput:
             self.jsonl = JsonlSink(self.folder.metrics, resumed_step=self.step)
         self.wandb_id = wandb_run_id(run, resumed)
         self.console = ConsoleSink(total_steps, self.step)
+        # A sink may fail, and say so, before all of them are there.
+        self.sinks = RunSinks({})
         self.sinks = build_sinks(run, resumed, self.wandb_id, environment, self.say, self.warn)
         self.event("resume" if resumed else "start", f"{ranks.world} processes on {environment['device']}")
         for note in notes:
@@ -171,10 +173,11 @@ class RunOutput:
             self.event("stop", f"{reason or 'another rank was asked to stop'}; {done}")
         else:
             self.event(state, done)
-        self.sinks.close(state)
+        # Before the sinks, which may take their time: whoever kills us meanwhile finds the truth.
         with disk_errors(self.folder.path):
             self.jsonl.close()
             self._status(state)
+        self.sinks.close(state)
         self.console.say(f"{done}: step {self.step}, {self.folder.path}")
 
     def failed(self, error: BaseException) -> None:
@@ -184,6 +187,8 @@ class RunOutput:
         self.console.close()
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         self.event("failed", "the other ranks are gone" if lost_peers(error) else first_line)
+        with suppress(OSError):
+            self.jsonl.close()
         self.sinks.close("failed")
 
     def _record(self, record: dict[str, Value]) -> None:

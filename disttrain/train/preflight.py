@@ -96,6 +96,9 @@ def _schedule_notes(config: RunConfig) -> list[str]:
             f"train.batch_ramp reaches its last batch after {batches.stages[-1].from_tokens:,} tokens, and the run "
             f"ends at {batches.tokens_after(steps):,}"
         )
+    profiled = config.profile.steps
+    if profiled is not None and profiled[0] > steps:
+        notes.append(f"profile.steps begin at {profiled[0]}, and the run has {steps}: nothing will be profiled")
     flat = [law for law in config.lr_schedules(config.train.batches()) if law.warmup_tokens == law.horizon_tokens]
     if not flat:
         return notes

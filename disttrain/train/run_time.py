@@ -18,21 +18,24 @@ class RunTime:
     """
 
     def __init__(self, started: float, kept_seconds: float, earlier: Mapping[str, Any]) -> None:
+        known = {key: _number(earlier.get(key)) for key in ("wall_seconds", "productive_seconds", "unix_seconds")}
+        lost = earlier.get("lost_seconds")
         self.productive_seconds = kept_seconds
-        self.lost_seconds: dict[str, float] = dict(earlier.get("lost_seconds", {}))
-        wall = float(earlier.get("wall_seconds", 0.0))
+        self.lost_seconds = {str(k): _number(v) for k, v in lost.items()} if isinstance(lost, dict) else {}
+        done_since = known["productive_seconds"] - kept_seconds
         if earlier:
-            self._lose("recomputed", float(earlier.get("productive_seconds", 0.0)) - kept_seconds)
-        if earlier.get("state") in ("running", "failed") and "unix_seconds" in earlier:
-            down = max(0.0, started - float(earlier["unix_seconds"]))
-            self._lose("down", down)
-            wall += down
-        self._began = started - wall
-        self.last_step_seconds: float | None = None
+            self._lose("recomputed", done_since)
+        if earlier.get("state") in ("running", "failed") and known["unix_seconds"]:
+            # What was done between the last status and the checkpoint was not lost.
+            self._lose("down", started - known["unix_seconds"] - max(0.0, -done_since))
+        # A clock that was set back, or a status that is gone, must not make the run shorter than its parts.
+        past = max(known["wall_seconds"], self.productive_seconds + sum(self.lost_seconds.values()))
+        self._past, self._since = past, time.perf_counter() - max(0.0, time.time() - started)
         self._mark = time.perf_counter()
+        self.last_step_seconds: float | None = None
 
     def ready(self) -> None:
-        """The first step begins."""
+        """The first step begins; everything so far that has no other cause was the start."""
         self._lose("startup", self.wall_seconds - self.productive_seconds - sum(self.lost_seconds.values()))
         self._mark = time.perf_counter()
 
@@ -51,7 +54,8 @@ class RunTime:
 
     @contextmanager
     def lost_to(self, cause: str) -> Iterator[None]:
-        began = time.perf_counter()
+        """From the end of the last step (or loss) on."""
+        began = self._mark
         try:
             yield
         finally:
@@ -60,13 +64,13 @@ class RunTime:
 
     @property
     def wall_seconds(self) -> float:
-        return time.time() - self._began
+        """Since the first start; within one by a clock that nobody sets."""
+        return self._past + time.perf_counter() - self._since
 
     @property
     def goodput(self) -> float:
-        """The share of the wall time that was productive; wall clocks can be set, so never above one."""
-        wall = self.wall_seconds
-        return min(1.0, self.productive_seconds / wall) if wall > 0 else 0.0
+        """The share of the wall time that was productive."""
+        return self.productive_seconds / max(self.wall_seconds, self.productive_seconds, 1e-9)
 
     def status(self) -> dict[str, Any]:
         """For status.json, from which the next start goes on."""
@@ -95,3 +99,8 @@ def resume_time(started: float, extra: Mapping[str, Any], earlier: Mapping[str, 
 def kept_seconds(extra: Mapping[str, Any]) -> float:
     """The productive seconds up to a checkpoint with `extra`."""
     return float(extra.get("run_time", {}).get("productive_seconds", 0.0))
+
+
+def _number(value: Any) -> float:
+    """Of a file that anybody may have written: what is no number counts as nothing."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -16,7 +17,7 @@ from disttrain.train.folder import RunFolder, disk_errors
 from disttrain.train.preflight import PreparedRun
 
 CLOSE_SECONDS = 5.0
-"""What a sink may take for its end; a failed run waits no longer for any."""
+"""What a sink may take for its end; a run that failed or was stopped waits no longer for any."""
 
 
 class RunSinks:
@@ -38,8 +39,13 @@ class RunSinks:
             sink.sample(step, text)
 
     def close(self, ending: Ending) -> None:
-        for sink, seconds in self._sinks.values():
-            sink.close(ending, CLOSE_SECONDS if ending == "failed" else seconds)
+        """All at once, and by one deadline: whoever asked for a stop, or waits for an error, waits for no sink."""
+        for sink, _ in self._sinks.values():
+            sink.finish(ending)
+        began = time.monotonic()
+        for sink, patience in self._sinks.values():
+            seconds = patience if ending == "completed" else CLOSE_SECONDS
+            sink.join(max(0.0, began + seconds - time.monotonic()))
 
 
 def build_sinks(
@@ -100,8 +106,8 @@ def _wandb(
 ) -> Sink:
     from disttrain.monitor.sinks.wandb import WandbRun, WandbSink
 
-    def earlier() -> Iterator[Record]:
-        return (row for row in read_rows(folder.metrics) if isinstance(row["step"], int) and row["step"] <= step)
+    def earlier(sent: int) -> Iterator[Record]:
+        return read_rows(folder.metrics, sent, step)
 
     return WandbSink(config.wandb, WandbRun(run_id, name, folder.path, settings, earlier), warn)
 

@@ -48,6 +48,7 @@ def train_step(
     """
     tokens_of_each = [int((labels != IGNORE_LABEL).sum()) for _, labels in microbatches]
     chunks = engine.begin_step(measure_noise, tokens_of_each)
+    lap("data")
     valid_tokens, stops, savers, chunk_squares = dist_sum_integers(
         sum(tokens_of_each), int(stop_wanted), int(saving), sum(chunk**2 for chunk in chunks)
     )

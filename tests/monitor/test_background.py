@@ -44,7 +44,8 @@ def fed(build: Callable[[], Sink], *, rows: int = 20, seconds: float = 5.0, capa
     for step in range(rows):
         sink.log({"step": step})
     assert time.monotonic() - began < seconds
-    sink.close("completed", seconds)
+    sink.finish("completed")
+    sink.join(seconds)
     return said
 
 
@@ -55,7 +56,8 @@ def test_everything_arrives_in_order() -> None:
         sink.log({"step": step})
     sink.event(Event(0.0, 3, "warning", "text"))
     sink.sample(4, "words")
-    sink.close("preempted", 5.0)
+    sink.finish("preempted")
+    sink.join(5.0)
     assert rows.steps == list(range(500))
     assert (rows.events, rows.samples, rows.ending) == (["warning"], ["words"], "preempted")
 
@@ -98,8 +100,20 @@ def test_one_that_hangs_is_left_behind(where: str) -> None:
     finally:
         free.set()
     assert said[0] == "it: 100 rows wait for it already: later ones are not kept for it; metrics.jsonl has every row"
-    assert said[1].startswith("it: still busy after 0.3 s with")
+    assert said[1].startswith("it: still busy with ")
     assert len(said) == 2
+
+
+def test_a_full_queue_does_not_keep_it_from_its_end() -> None:
+    free, rows = threading.Event(), Rows()
+    rows.trouble = lambda: bool(free.wait()) and None
+    sink = BackgroundSink("it", lambda: rows, lambda text: None, capacity=3)
+    for step in range(10):
+        sink.log({"step": step})
+    sink.finish("completed")
+    free.set()
+    sink.join(5.0)
+    assert rows.ending == "completed"
 
 
 def test_a_slow_one_gets_everything_when_there_is_time() -> None:

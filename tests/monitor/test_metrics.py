@@ -15,7 +15,7 @@ def test_reductions_over_calls_and_ranks_in_one_collective(pool: RankPool, world
         tokens = sum(1 + 2 + 3 + 3 * 10 * rank for rank in range(world))
         assert (first["tokens"], first["slowest"]) == (tokens, -1.0)  # the largest may be negative
         assert first["loss"] == pytest.approx(3 * world * torch.tensor(0.1).item(), rel=1e-15)  # added up in fp64
-        assert first.by_rank["tokens"] == [6.0 + 30 * rank for rank in range(world)]
+        assert first.by_rank("tokens") == [6.0 + 30 * rank for rank in range(world)]
         if world > 1:
             assert first["mean"] == 5.0  # ranks without tokens have no say
         assert math.isnan(third["mean"])

@@ -80,3 +80,43 @@ def test_an_old_checkpoint_and_status_know_nothing_of_it(clock: Clock) -> None:
     time = session(clock, {"batches": {}}, {"state": "running", "step": 3})
     steps(clock, time, 1)
     assert time.lost_seconds == {"startup": 6.0}
+
+
+def test_a_checkpoint_beyond_the_last_status(clock: Clock) -> None:
+    """What was done in between was not lost."""
+    time = session(clock, {}, {})
+    steps(clock, time, 5)
+    status = {"state": "running", **time.status()}
+    steps(clock, time, 10)
+    extra = time.record()
+    clock.now += 30.0
+    time = session(clock, extra, status)
+    assert time.lost_seconds == {"startup": 12.0, "down": 30.0}
+    assert time.wall_seconds == pytest.approx(time.productive_seconds + sum(time.lost_seconds.values()))
+
+
+def test_time_between_a_step_and_a_loss_is_lost_too(clock: Clock) -> None:
+    time = session(clock, {}, {})
+    steps(clock, time, 1)
+    clock.now += 3.0  # a row is written
+    with time.lost_to("evaluation"):
+        clock.now += 4.0
+    assert time.lost_seconds["evaluation"] == 7.0
+
+
+@pytest.mark.parametrize(
+    "broken", [{"lost_seconds": None}, {"unix_seconds": "x"}, {"wall_seconds": [1]}, {"lost_seconds": {"a": "b"}}]
+)
+def test_a_status_that_somebody_spoilt(clock: Clock, broken: dict[str, Any]) -> None:
+    time = session(clock, {}, {"state": "running", "step": 3, "productive_seconds": 2.0, **broken})
+    steps(clock, time, 1)
+    assert 0 < time.goodput <= 1
+
+
+def test_a_clock_that_is_set_back(clock: Clock) -> None:
+    time = session(clock, {}, {})
+    steps(clock, time, 10)
+    extra, status = time.record(), {"state": "running", **time.status(), "unix_seconds": 1e12, "wall_seconds": -5e3}
+    time = session(clock, extra, status)
+    assert time.wall_seconds >= time.productive_seconds + sum(time.lost_seconds.values())
+    assert 0 < time.goodput <= 1

@@ -5,12 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from disttrain.monitor.record import Record
 from disttrain.monitor.sinks.base import Ending, Event, Sink
 
-CAPACITY = 10_000
+Task = Callable[[Sink], Any]
+CAPACITY = 2_000
 """Rows that wait for a sink at most; later ones are not kept for it."""
 
 
@@ -21,7 +23,8 @@ class BackgroundSink:
         self, name: str, build: Callable[[], Sink], say: Callable[[str], None], capacity: int = CAPACITY
     ) -> None:
         self.name, self._build, self._say = name, build, say
-        self._waiting: queue.Queue[Callable[[Sink], Any] | None] = queue.Queue(capacity)
+        self._waiting: queue.Queue[Task | None] = queue.Queue(capacity)
+        self._ending: Ending | None = None
         self._lost = 0
         self._troubled = False
         # A daemon: a sink that hangs must not keep the process.
@@ -37,17 +40,22 @@ class BackgroundSink:
     def sample(self, step: int, text: str) -> None:
         self._put(lambda sink: sink.sample(step, text))
 
-    def close(self, ending: Ending, seconds: float) -> None:
-        """Deliver what waits and close the sink; say what could not be delivered within `seconds`."""
-        self._put(lambda sink: sink.close(ending))
-        self._put(None)
+    def finish(self, ending: Ending) -> None:
+        """Deliver what waits, then close the sink; `join` waits for that."""
+        self._ending = ending
+        # In vain where the queue is full: then the thread looks at `_ending` when it has emptied it.
+        with suppress(queue.Full):
+            self._waiting.put_nowait(None)
+
+    def join(self, seconds: float) -> None:
+        """Say what could not be delivered within `seconds`."""
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._warn(f"still busy after {seconds:g} s with {self._waiting.qsize()} rows; left behind")
+            self._warn(f"still busy with {self._waiting.qsize()} rows at the end; left behind")
         elif self._lost:
             self._warn(f"{self._lost} rows did not reach it")
 
-    def _put(self, task: Callable[[Sink], Any] | None) -> None:
+    def _put(self, task: Task) -> None:
         try:
             self._waiting.put_nowait(task)
         except queue.Full:
@@ -56,15 +64,26 @@ class BackgroundSink:
 
     def _run(self) -> None:
         sink = self._built()
-        while (task := self._waiting.get()) is not None:
-            if sink is None:
-                continue
-            try:
-                task(sink)
-            # Whatever a client library raises: the run has nothing to do with it.
-            except Exception as error:
-                self._lost += 1
-                self._trouble(_line(error))
+        while (task := self._next()) is not None:
+            if sink is not None:
+                self._attempt(task, sink)
+        if sink is not None and self._ending is not None:
+            ending = self._ending
+            self._attempt(lambda sink: sink.close(ending), sink)
+
+    def _next(self) -> Task | None:
+        """None when everything was delivered and the end has come."""
+        if self._ending is not None and self._waiting.empty():
+            return None
+        return self._waiting.get()
+
+    def _attempt(self, task: Task, sink: Sink) -> None:
+        try:
+            task(sink)
+        # Whatever a client library raises: the run has nothing to do with it.
+        except Exception as error:
+            self._lost += 1
+            self._trouble(_line(error))
 
     def _built(self) -> Sink | None:
         try:

@@ -47,11 +47,22 @@ class JsonlSink:
             self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
 
 
-def read_rows(path: Path) -> Iterator[Record]:
-    """The rows of a whole file, as they were logged; nothing where there is none."""
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            yield {key: _value(value) for key, value in json.loads(line).items()}
+def read_rows(path: Path, after: int, last: int) -> Iterator[Record]:
+    """The rows of steps beyond `after` and up to `last`, as they were logged; a file that still grows beyond `last` is
+    read no further."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                step = int(row["step"])
+            except (ValueError, KeyError, TypeError):
+                return
+            if step > last:
+                return
+            if step > after:
+                yield {key: _value(value) for key, value in row.items()}
 
 
 def _value(value: object) -> Value:

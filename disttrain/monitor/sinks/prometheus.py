@@ -7,6 +7,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -15,6 +16,7 @@ from disttrain.monitor.record import Record, scalars
 from disttrain.monitor.sinks.base import Ending, Event
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+READERS = 16
 _SECONDS = 10.0
 
 
@@ -99,6 +101,28 @@ class _Server(ThreadingMixIn, WSGIServer):
     """Threads, so that one reader that hangs does not keep the others out."""
 
     daemon_threads = True
+    block_on_close = False
+    _free = threading.BoundedSemaphore(READERS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """At most READERS at a time: who only connects must not cost the run a thread each."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        deadline = threading.Timer(_SECONDS, _cut_off, (request,))
+        deadline.daemon = True
+        deadline.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            deadline.cancel()
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A reader that goes away or says nothing is nobody's business here."""
 
     def server_bind(self) -> None:
         # Not WSGIServer's, which asks a name server for our name.
@@ -107,6 +131,11 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
+
+
+def _cut_off(request: socket.socket) -> None:
+    with suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)
 
 
 class _Server6(_Server):

@@ -21,13 +21,14 @@ FLUSH_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class WandbRun:
-    """What a run tells W&B about itself. `earlier` reads the rows of metrics.jsonl up to the resumed step."""
+    """What a run tells W&B about itself. `earlier` reads the rows of metrics.jsonl
+    after a step, up to the resumed one."""
 
     id: str
     name: str
     directory: Path
     settings: Mapping[str, Any]
-    earlier: Callable[[], Iterable[Record]]
+    earlier: Callable[[int], Iterable[Record]]
 
 
 class WandbSink:
@@ -42,7 +43,7 @@ class WandbSink:
         self._run, self._sent = _start(config, run, say)
         self._pending: dict[str, Any] = {}
         self._samples: list[list[Any]] = []
-        for record in run.earlier():
+        for record in run.earlier(self._sent):
             self.log(record)
 
     def log(self, record: Record) -> None:
@@ -62,13 +63,17 @@ class WandbSink:
 
         self._samples.append([step, text])
         if step > self._sent:
-            self._pending |= {"step": step, "samples": wandb.Table(["step", "text"], data=self._samples)}
+            self._send()
+            # To the same step, which the client holds open, but by itself: a table is uploaded, which may fail.
+            self._run.log({"samples": wandb.Table(["step", "text"], data=self._samples)}, step=step)
 
     def close(self, ending: Ending) -> None:
-        self._send()
-        if ending == "preempted":
-            self._run.mark_preempting()
-        self._run.finish(exit_code=int(ending == "failed"))
+        try:
+            self._send()
+            if ending == "preempted":
+                self._run.mark_preempting()
+        finally:
+            self._run.finish(exit_code=int(ending == "failed"))
 
     def _send(self) -> None:
         if self._pending:

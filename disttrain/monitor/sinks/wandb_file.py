@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def _last_step(file: Path) -> int:
 
 def _records(content: bytes, at_start: bool) -> Iterator[Any]:
     """From the beginning of a block; what a kill has cut short, at the end or before, is left out."""
+    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     parse: Any = wandb_internal_pb2
@@ -60,12 +62,17 @@ def _records(content: bytes, at_start: bool) -> Iterator[Any]:
         position += _HEADER_BYTES
         body = content[position : position + length]
         position += length
-        if kind not in (_FULL, _FIRST, _MIDDLE, _LAST) or len(body) < length:
+        if kind not in (_FULL, _FIRST, _MIDDLE, _LAST):
+            # A page of zeros, say: what follows is found again at the next block.
+            position, parts = (position + _BLOCK_BYTES - 1) // _BLOCK_BYTES * _BLOCK_BYTES, None
+            continue
+        if len(body) < length:
             return
         if kind in (_FULL, _FIRST):
             parts = body
         elif parts is not None:
             parts += body
         if kind in (_FULL, _LAST) and parts is not None:
-            yield parse.Record.FromString(parts)
+            with suppress(DecodeError):
+                yield parse.Record.FromString(parts)
             parts = None
