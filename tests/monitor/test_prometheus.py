@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import socket
+import struct
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from disttrain.monitor import Event
-from disttrain.monitor.sinks.prometheus import PrometheusSink
+from disttrain.monitor.sinks.prometheus import READERS, PrometheusSink
 
 TOKEN = "a" * 32
 
@@ -95,3 +99,25 @@ def test_ipv6() -> None:
         pytest.skip("this machine has no IPv6 loopback")
     assert said == [f"Prometheus: http://[::1]:{sink.port}/metrics"]
     sink.close("completed")
+
+
+def test_readers_that_go_away_print_nothing_and_cost_no_threads(
+    sink: PrometheusSink, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = threading.active_count()
+    with ExitStack() as stack:
+        for _ in range(50):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", sink.port)))
+            # Closing sends a reset.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(b"GET /met")
+        assert threading.active_count() <= before + 2 * READERS + 1
+    sink.log({"step": 1, "loss": 3.0})
+    for _ in range(100):
+        with suppress(OSError):
+            assert scraped(sink.port)["disttrain_loss"] == {(): 3.0}
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("nobody is answered any more")
+    assert capfd.readouterr().err == ""

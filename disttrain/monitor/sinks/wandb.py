@@ -59,21 +59,23 @@ class WandbSink:
             self._run.alert(f"{self.name}: {event.kind} at step {event.step}", event.text, level=ALERTS[event.kind])
 
     def sample(self, step: int, text: str) -> None:
-        import wandb
-
         self._samples.append([step, text])
-        if step > self._sent:
-            self._send()
-            # To the same step, which the client holds open, but by itself: a table is uploaded, which may fail.
-            self._run.log({"samples": wandb.Table(["step", "text"], data=self._samples)}, step=step)
 
     def close(self, ending: Ending) -> None:
         try:
             self._send()
+            self._send_samples()
             if ending == "preempted":
                 self._run.mark_preempting()
         finally:
             self._run.finish(exit_code=int(ending == "failed"))
+
+    def _send_samples(self) -> None:
+        """To the last step, which the client holds open, but by themselves: a table is uploaded, which may fail."""
+        import wandb
+
+        if self._samples and self._samples[-1][0] >= self._sent:
+            self._run.log({"samples": wandb.Table(["step", "text"], data=self._samples)}, step=self._sent)
 
     def _send(self) -> None:
         if self._pending:
