@@ -18,7 +18,7 @@ from disttrain.checkpoint.agreement import on_rank_zero, raise_together, rank_an
 from disttrain.checkpoint.dcp_io import SafetensorsReader, dcp_errors, quiet_dcp
 from disttrain.checkpoint.local import LocalStorage
 from disttrain.checkpoint.manifest import Manifest
-from disttrain.checkpoint.state import differences, is_optional, model_state
+from disttrain.checkpoint.state import differences, fits, is_optional, model_state
 from disttrain.checkpoint.storage import Storage
 from disttrain.errors import UserError
 
@@ -85,12 +85,14 @@ class CheckpointReader:
             )
         raise_together(problems)
         stored = info.manifest.tensors
-        targets = {name: tensor.detach() for name, tensor in state.items() if name in stored}
+        # An optional one of another shape is a history of another length: it starts anew.
+        kept = {name: tensor for name, tensor in state.items() if name in stored and fits(tensor, stored[name])}
+        targets = {name: tensor.detach() for name, tensor in kept.items()}
         reader = SafetensorsReader(self.storage, info.name, info.manifest)
         planner = DefaultLoadPlanner(flatten_state_dict=False)
         with dcp_errors(), quiet_dcp():
             dcp.load(targets, storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
-        new = [name for name in state if name not in stored]
+        new = [name for name in state if name not in kept]
         old = [name for name in stored if is_optional(name) and name not in state]
         return [f"{names} not in {info.place}: starts anew" for names in _by_owner(new)] + [
             f"{names} of {info.place}: no longer kept" for names in _by_owner(old)

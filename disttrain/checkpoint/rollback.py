@@ -19,9 +19,10 @@ def roll_back(
     """Load the newest checkpoint of a step before `before` that verifies and after whose load `good` says yes, on
     every rank alike; None when there is none.
 
-    Those passed over are deleted, or a resume would take them: the run will not have been there. Collective; no save
-    may be under way.
+    Then those passed over are deleted, or a resume would take them: the run will not have been there. Collective; no
+    save may be under way.
     """
+    passed: list[str] = []
     for name in on_rank_zero(manager.storage.committed):
         try:
             info = CheckpointInfo(name, manager.storage.place(name), manager.verified(name))
@@ -31,6 +32,8 @@ def roll_back(
             manager.load(state, info)
             if good():
                 manager.retention.protected = name
+                for later in passed:
+                    on_rank_zero(partial(manager.storage.remove, later))
                 return info
-        on_rank_zero(partial(manager.storage.remove, name))
+        passed.append(name)
     return None

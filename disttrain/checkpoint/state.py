@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from disttrain.checkpoint.manifest import Manifest
+from disttrain.checkpoint.manifest import Manifest, TensorEntry
 from disttrain.errors import UserError
 from disttrain.optim import OptimizerSet
 
@@ -70,6 +70,11 @@ def is_optional(name: str) -> bool:
     return name.startswith(SERVICE_PREFIX)
 
 
+def fits(tensor: Tensor, entry: TensorEntry) -> bool:
+    """Dtype and shape are those of the checkpoint's."""
+    return (entry.dtype, entry.shape) == (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
 def differences(state: Mapping[str, Tensor], manifest: Manifest) -> list[str]:
     """What keeps the checkpoint from filling `state`: missing, unexpected and mismatched tensors, in words."""
     alone = {name for name in state.keys() ^ manifest.tensors.keys() if not is_optional(name)}
@@ -78,9 +83,9 @@ def differences(state: Mapping[str, Tensor], manifest: Manifest) -> list[str]:
     mismatched: list[str] = []
     for name, tensor in state.items():
         entry = manifest.tensors.get(name)
-        wanted = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        if entry and (entry.dtype, entry.shape) != wanted:
-            mismatched.append(f"{name}: {entry.dtype} {entry.shape} in the checkpoint, {wanted[0]} {wanted[1]} here")
+        if entry and not fits(tensor, entry) and not is_optional(name):
+            here = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+            mismatched.append(f"{name}: {entry.dtype} {entry.shape} in the checkpoint, {here} here")
         if tensor.is_meta:
             mismatched.append(f"{name}: still on the meta device; materialise it before loading")
     return [*_shortened(missing), *_shortened(unexpected), *_shortened(mismatched)]

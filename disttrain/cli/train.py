@@ -20,7 +20,7 @@ from disttrain.config import RunConfig
 from disttrain.config.load import layout_problems, load_config
 from disttrain.distributed.env import Ranks, read_ranks
 from disttrain.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_GIVE_UP, EXIT_PREEMPTED, UserError
-from disttrain.resilience import STOP_SIGNALS, RestartBudget, StopRequest, lost_peers
+from disttrain.resilience import RestartBudget, StopRequest, heard_signals, lost_peers
 from disttrain.train.folder import RunFolder, State
 from disttrain.train.preflight import PreparedRun, is_complete, prepare_run
 
@@ -53,6 +53,7 @@ def _start(config: RunConfig) -> int:
         if is_complete(config):
             return _nothing_to_do(config)
         _print_notes(run)
+        _forget_old_wishes(folder)
         # From here on a signal is a request to stop, to which the ranks, or we for them, give the answer.
         with StopRequest() as stop:
             return _answer(folder, _launch(run, stop), stop)
@@ -73,7 +74,9 @@ def _launch(run: PreparedRun, stop: StopRequest) -> int:
     budget = RestartBudget(run.config.resilience.max_restarts, committed_steps(run.folder.checkpoints))
     while True:
         ended = launch_ranks(rank_main, (run, os.getpid()), nproc, device.type, stop)
-        if not ended.may_start_again or stop.wanted:
+        # A rank may still die when all is said and done.
+        over = run.folder.read_status().get("state") in ("completed", "preempted")
+        if over or stop.wanted or not ended.may_start_again:
             break
         saved = committed_steps(run.folder.checkpoints)
         what = _tell_death(run.folder, ended.what)
@@ -127,6 +130,7 @@ def _join(config: RunConfig, ranks: Ranks) -> int:
             return _nothing_to_do(config) if ranks.is_first else EXIT_DONE
         if ranks.is_first:
             _print_notes(run)
+            _forget_old_wishes(run.folder)
         state = _run_rank(run, ranks)
     return EXIT_PREEMPTED if state == "preempted" and not ranks.elastic else EXIT_DONE
 
@@ -135,6 +139,14 @@ def _nothing_to_do(config: RunConfig) -> int:
     step = RunFolder(config.run_dir).read_status()["step"]
     print(f"{config.run_dir}: complete at step {step}; nothing to do")
     return EXIT_DONE
+
+
+def _forget_old_wishes(folder: RunFolder) -> None:
+    if folder.stop_file.exists():
+        folder.stop_file.unlink(missing_ok=True)
+        text = f"{folder.stop_file} was left from before and is taken away: make it again to stop this run"
+        print(f"warning: {text}", flush=True)
+        folder.add_event("warning", folder.last_step(), text)
 
 
 def _print_notes(run: PreparedRun) -> None:
@@ -154,7 +166,7 @@ def rank_main(run: PreparedRun, parent: int) -> None:
 
 def _run_rank(run: PreparedRun, ranks: Ranks, give_up: int | None = None) -> State:
     # A signal before the loop ends us at once: there is nothing to save yet.
-    for number in STOP_SIGNALS:
+    for number in heard_signals():
         signal.signal(number, signal.SIG_DFL)
     if run.config.parallel.compile:
         # torch keeps compiled code in a temporary folder otherwise, and the next start would compile again.

@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from disttrain.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_GIVE_UP
-from disttrain.resilience import STOP_SIGNALS, StopRequest
+from disttrain.resilience import StopRequest, heard_signals
 
 STOP_SECONDS = 300
 """How long ranks that were asked to stop may take for their checkpoint before they are killed."""
@@ -81,7 +81,7 @@ def launch_ranks(
         # A signal while ranks were being forked leaves some that the agent does not know of.
         for rank in multiprocessing.active_children():
             rank.kill()
-            rank.join()
+            rank.join(LEAVE_SECONDS)
     return Ended(EXIT_DONE)
 
 
@@ -111,7 +111,7 @@ def _signals_reach_ranks(stop: StopRequest) -> Iterator[None]:
                 os.kill(rank.pid or 0, signal.SIGTERM)
         threading.Thread(target=_kill_later, args=(ranks,), daemon=True).start()
 
-    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, on_signal) for number in heard_signals()}
     try:
         if stop.wanted:
             raise SignalException("got a signal before the ranks were started", signal.SIGTERM)

@@ -67,7 +67,7 @@ class MetricBuffer:
         self._inner = {
             name: torch.tensor(bins.edges[1:-1], device=device).double() for name, bins in self._bins.items()
         }
-        self._clear()
+        self.clear()
 
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
         """Fold in one more value, without asking the device for it. KeyError for a name that was not declared.
@@ -99,7 +99,7 @@ class MetricBuffer:
             name: Histogram.trimmed(bins.edges, columns[name].sum(0).long().tolist())
             for name, bins in self._bins.items()
         }
-        self._clear()
+        self.clear()
         return Reduced(values, histograms, {name: (columns[name], kind) for name, kind in kinds.items()})
 
     def _count(self, name: str, value: Tensor | float) -> Tensor:
@@ -109,7 +109,8 @@ class MetricBuffer:
         # Not bincount, which would wait for the device.
         return (bins == places).sum(0, dtype=torch.float64)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Start anew."""
         self._held: dict[str, Held] = {
             name: list(_EMPTY[kind]) for name, kind in self.reductions.items() if not isinstance(kind, Bins)
         }

@@ -41,7 +41,8 @@ class AnomalyJudge:
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
         """The `Verdict` on scalars `loss` and `norm`, fp64; a good step enters the history. Waits for nothing."""
-        seen = torch.stack([loss, norm.clamp_min(torch.finfo(torch.float64).tiny).log()])
+        # A batch without any valid token has no gradient: NaN, which is nothing to compare with.
+        seen = torch.stack([loss, torch.where(norm > 0, norm, torch.nan).log()])
         verdict = torch.full((), Verdict.GOOD, dtype=torch.int64, device=self.history.device)
         if self.config.spikes:
             spike = self._spikes(seen)

@@ -2,7 +2,7 @@
 
 from disttrain.resilience.hang import lost_peers
 from disttrain.resilience.restarts import RestartBudget
-from disttrain.resilience.signals import STOP_SIGNALS, StopRequest
+from disttrain.resilience.signals import STOP_SIGNALS, StopRequest, heard_signals
 from disttrain.resilience.watchdog import Watchdog
 
-__all__ = ["STOP_SIGNALS", "RestartBudget", "StopRequest", "Watchdog", "lost_peers"]
+__all__ = ["STOP_SIGNALS", "RestartBudget", "StopRequest", "Watchdog", "heard_signals", "lost_peers"]

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """SIGHUP is a closed terminal, SIGUSR1 what Slurm is asked to send before the end (`--signal`)."""
+
+
+def heard_signals() -> list[signal.Signals]:
+    """Without those that were ignored when we were started: `nohup` means it."""
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class StopRequest:
@@ -26,12 +32,13 @@ class StopRequest:
     def wanted(self) -> bool:
         if self.reason is None and self.deadline is not None and time.time() >= self.deadline:
             self.reason = "the job's time limit comes near"
-        if self.reason is None and self.file is not None and self.file.exists():
-            self.reason = f"{self.file} is there"
+        if self.reason is None and self.file is not None:
+            with suppress(OSError):  # a file server that stumbles is no reason to end
+                self.reason = f"{self.file} is there" if self.file.exists() else None
         return self.reason is not None
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        self._before = {number: signal.signal(number, self._on_signal) for number in heard_signals()}
         return self
 
     def __exit__(

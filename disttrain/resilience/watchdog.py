@@ -21,8 +21,6 @@ from disttrain.resilience.hang import Whereabouts, accuse, last_collective, read
 LOOK_SECONDS = 0.5
 WAIT_SECONDS = 3.0
 """For what the other ranks have to say: all of them have been waiting about as long."""
-ORPHAN_SECONDS = 60.0
-"""How long a rank whose parent has died may take to leave a checkpoint."""
 
 
 class Watchdog:
@@ -35,9 +33,8 @@ class Watchdog:
     def __init__(self, folder: Path, ranks: Ranks, blame: Callable[[int, str], None]) -> None:
         self.folder, self.ranks, self.blame = folder, ranks, blame
         self.step = 0
-        self._phase, self._limit, self._since = "", float("inf"), time.monotonic()
-        self._parent = os.getppid()
-        self._orphaned: float | None = None
+        self._now = ("", float("inf"), time.monotonic())
+        """Phase, how long it may take, since when: one object, for another thread reads it."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -52,25 +49,21 @@ class Watchdog:
         self._thread.join()
 
     def enter(self, phase: str, seconds: float, step: int) -> None:
-        self.step, self._phase, self._limit = step, phase, seconds
-        self._since = time.monotonic()
+        self.step, self._now = step, (phase, seconds, time.monotonic())
 
     def _run(self) -> None:
+        looked = time.monotonic()
         while not self._stop.wait(LOOK_SECONDS):
-            self._look_after_parent()
-            stayed = time.monotonic() - self._since
-            if stayed > self._limit:
-                self._tell(stayed)
+            gap, looked = time.monotonic() - looked, time.monotonic()
+            phase, limit, since = self._now
+            if gap > 10 * LOOK_SECONDS:
+                # The process itself stood still (a laptop asleep, a job suspended): nobody could have got on.
+                self._now = (phase, limit, since + gap)
+            elif looked - since > limit:
+                self._tell(phase, looked - since)
 
-    def _look_after_parent(self) -> None:
-        """The parent's death is a wish to stop (a signal comes with it); a rank that cannot follow it ends here."""
-        if os.getppid() == self._parent:
-            return
-        self._orphaned = self._orphaned or time.monotonic()
-        if time.monotonic() - self._orphaned > ORPHAN_SECONDS:
-            os._exit(EXIT_FAILED)
-
-    def _tell(self, stayed: float) -> None:
+    def _tell(self, phase: str, stayed: float) -> None:
+        before = self._now
         frames = sys._current_frames()
         stack = traceback.format_stack(frames[self._main]) if self._main in frames else []
         account = Whereabouts(
@@ -78,7 +71,7 @@ class Watchdog:
             host=socket.gethostname(),
             process=os.getpid(),
             step=self.step,
-            phase=self._phase,
+            phase=phase,
             seconds=stayed,
             collective=last_collective(_flight_record()),
             stack=stack,
@@ -88,7 +81,8 @@ class Watchdog:
             whole = self.folder / f"rank-{self.ranks.rank}.json.tmp"
             whole.write_text(json.dumps(vars(account), indent=1) + "\n", encoding="utf-8")
             whole.replace(whole.with_suffix(""))
-        self._stop.wait(WAIT_SECONDS)
+        if self._stop.wait(WAIT_SECONDS) or self._now is not before:
+            return  # it was slow, not stuck
         self._accuse()
         os._exit(EXIT_FAILED)
 

@@ -54,6 +54,10 @@ class StepGuard:
             known += self.settle()
         return known
 
+    def forget(self) -> None:
+        """The step that was not looked at yet does not stand."""
+        self._pending = None
+
     def settle(self) -> list[bool | BadStep]:
         """Wait for the last step's verdict."""
         pending, self._pending = self._pending, None
@@ -101,7 +105,7 @@ class Recovery:
         kept = extra.get("anomaly", {})
         self.config = config
         self.rollbacks, self.in_row = int(kept.get("rollbacks", 0)), int(kept.get("in_row", 0))
-        self.first_bad = 0
+        self.first_bad = int(kept.get("first_bad", 0))
         """The first step of the row."""
 
     def must_roll_back(self, seen: bool | BadStep) -> bool:
@@ -132,7 +136,8 @@ class Recovery:
 
     def record(self) -> dict[str, Any]:
         """For a checkpoint's `extra`."""
-        return {"anomaly": {"rollbacks": self.rollbacks, "in_row": self.in_row}}
+        row = {"in_row": self.in_row, "first_bad": self.first_bad} if self.in_row else {"in_row": 0}
+        return {"anomaly": {"rollbacks": self.rollbacks, **row}}
 
 
 def _whose(ranks: list[int]) -> str:

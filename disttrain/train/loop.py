@@ -7,7 +7,7 @@ import torch
 from disttrain.checkpoint.local import LocalStorage
 from disttrain.checkpoint.manager import CheckpointManager
 from disttrain.checkpoint.rollback import roll_back
-from disttrain.data.loader import validation_batches
+from disttrain.data.loader import Microbatch, validation_batches
 from disttrain.distributed.env import Ranks
 from disttrain.monitor import Ending, StepProfiler
 from disttrain.optim.noise_scale import ENOUGH, NoiseScale
@@ -72,11 +72,12 @@ class TrainingLoop:
             if self.position.step <= before:
                 continue  # rolled back
             step, last = self.position.step, self.position.step >= self.total_steps
-            self.watchdog.enter("evaluation, or saving", patience, step)
             # Before the checkpoint: a run that is cut short in the evaluation does it again when it resumes.
             if step % self.config.monitor.evaluate_every == 0 or last:
                 self._evaluate()
-            if self.checkpoints.due(step) or last or stopping:
+            self.watchdog.enter("saving", patience, step)
+            # Not in a row of bad steps: what is kept from before it must not give way.
+            if (self.checkpoints.due(step) and not self.recovery.in_row) or last or stopping:
                 self._save(last=last or stopping)
             if stopping and not last:
                 return "preempted"
@@ -153,6 +154,8 @@ class TrainingLoop:
                 return
 
     def _roll_back(self, bad: BadStep) -> None:
+        self.watchdog.enter("rolling back", self.config.resilience.collective_timeout_seconds, self.position.step)
+        self.guard.forget()
         self.checkpoints.settle(self.position.step)
         manager, optimizer = self.checkpoints.manager, self.parts.optimizer
 
@@ -166,6 +169,8 @@ class TrainingLoop:
         manifest, samples = found.manifest, self.position.samples
         self.position = Position(manifest.step, samples, manifest.tokens)
         self.batches, _ = resume_batches(self.config, self.ranks.world, manifest.tokens, manifest.extra)
+        self.total_steps = self.batches.schedule.steps_of(self.config.train.steps, self.config.train.tokens)
+        self.output.total(self.total_steps)
         self.recovery.rolled_back()
         self.run_time.rolled_back(kept_seconds(manifest.extra))
         self.measured.restart(samples)
@@ -204,9 +209,15 @@ class TrainingLoop:
             self.ranks.world,
             train.microbatch_size,
         )
+        batches = (self._next_batch(batch) for batch in batches)
         with self.run_time.lost_to("evaluation"), self.parts.engine.evaluation_weights():
             result = evaluate(self.parts.model, batches, self.data.bytes_per_token, self.device)
         self.output.log_validation(result.loss, result.bits_per_byte)
+
+    def _next_batch(self, batch: Microbatch) -> Microbatch:
+        patience = self.config.resilience.collective_timeout_seconds
+        self.watchdog.enter("a batch of the evaluation", patience, self.position.step)
+        return batch
 
     def _state(self) -> dict[str, torch.Tensor]:
         return {**self.parts.engine.state(), **self.noise.state()}

@@ -55,7 +55,11 @@ class Measurements:
         self.restart(samples)
 
     def restart(self, samples: int) -> None:
-        """What was measured since the last row belongs to steps that do not stand."""
+        """A row begins; what was measured and has no row belongs to steps that do not stand."""
+        self.clock.read()
+        self.metrics.clear()
+        self.groups.clear()
+        self.safeguards.clear()
         self._steps, self._samples = 0, samples
         self._productive_seconds = self.run_time.productive_seconds
         self._lost_seconds = dict(self.run_time.lost_seconds)

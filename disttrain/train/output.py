@@ -59,9 +59,6 @@ class RunOutput:
         self.event("resume" if resumed else "start", f"{ranks.world} processes on {environment['device']}")
         for note in notes:
             self.console.say(note)
-        if self.folder.stop_file.exists():
-            self.folder.stop_file.unlink(missing_ok=True)
-            self.warn(f"{self.folder.stop_file} was left from before and is taken away: make it again to stop this run")
 
     def reached(self, step: int, tokens: int) -> None:
         """Where the run is: what is told from now on is told of there."""

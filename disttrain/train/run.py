@@ -27,7 +27,6 @@ def run_training(run: PreparedRun, ranks: Ranks, device: torch.device) -> Ending
     )
     watchdog = Watchdog(run.folder.hang, ranks, partial(_blame, run.folder))
     with stop, watchdog:
-        watchdog.enter("start", settings.collective_timeout_seconds, 0)
         loop = TrainingLoop(run, ranks, device, watchdog)
         try:
             state = loop.run(stop)

@@ -47,10 +47,10 @@ class RunTime:
         self._mark = now
 
     def rolled_back(self, kept_seconds: float) -> None:
-        """Steps since a checkpoint, that had `kept_seconds`, were in vain."""
-        self._lose("rolled_back", self.productive_seconds - kept_seconds)
-        self.productive_seconds = kept_seconds
-        self._mark = time.perf_counter()
+        """Steps since a checkpoint, that had `kept_seconds`, were in vain, and so was the way back."""
+        now = time.perf_counter()
+        self._lose("rolled_back", self.productive_seconds - kept_seconds + now - self._mark)
+        self.productive_seconds, self._mark = kept_seconds, now
 
     @contextmanager
     def lost_to(self, cause: str) -> Iterator[None]:

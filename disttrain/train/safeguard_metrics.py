@@ -29,7 +29,7 @@ class SafeguardMetrics:
         self.limit = safeguards.update_limit
         self.group_of = [group["name"] for group in optimizer.param_groups for _ in group["params"]]
         self._warned: set[str] = set()
-        self._forget()
+        self.clear()
 
     def add(self, update: UpdateResult) -> None:
         """One more step."""
@@ -58,7 +58,7 @@ class SafeguardMetrics:
             record |= {f"max_attention_logit/{layer}": largest for layer, largest in enumerate(layers)}
             record["qk_clip_heads"] = float(self._heads) / self._steps
             record["qk_clip_scale"] = update.logits.scales.min().item()
-        self._forget()
+        self.clear()
         return {key: value for key, value in record.items() if math.isfinite(value)}
 
     def warnings(self) -> list[str]:
@@ -92,7 +92,7 @@ class SafeguardMetrics:
             record[f"update_limit_share/{name}"] = sum(shares[index] for index in members) / len(members)
         return record
 
-    def _forget(self) -> None:
+    def clear(self) -> None:
         self._steps = 0
         self._clipped = self._streaks = self._limited = self._heads = 0.0
 

@@ -177,6 +177,7 @@ def test_a_stop_file_from_before_is_told(config: Path, tmp_path: Path) -> None:
     ended = disttrain("train", config, "--nproc", 1, f"run.dir={tmp_path}", "train.steps=5")
     assert ended.code == 0, ended
     assert f"warning: {tmp_path / 'STOP'} was left from before and is taken away" in ended.out
+    assert "warning" in kinds(tmp_path)
     assert status(tmp_path) == {"state": "completed", "step": 5}
 
 

@@ -137,6 +137,33 @@ def test_nowhere_to_go(pool: RankPool, config: Path, tmp_path: Path) -> None:
     assert "4 bad steps in a row, and there is no checkpoint from before step 3 to roll back to" in problem
 
 
+def test_a_row_that_a_resume_falls_into(pool: RankPool, config: Path, tmp_path: Path) -> None:
+    """It goes back to before its first step, and no checkpoint is lost in vain."""
+    faults = [Fault(step, 1, "loss", "nan") for step in (19, 20)]
+    assert trained(pool, config, tmp_path, *faults, settings=("train.steps=20",)) == [("completed", [])] * 2
+    manifest = json.loads((tmp_path / "checkpoints/step-00000020/manifest.json").read_text())
+    assert manifest["extra"]["anomaly"] == {"rollbacks": 0, "in_row": 2, "first_bad": 19}
+    faults = [Fault(step, 1, "loss", "nan") for step in (1, 2, 3)]
+    assert trained(pool, config, tmp_path, *faults) == [("completed", [])] * 2
+    assert [event["text"].split(":")[0] for event in events(tmp_path, "rollback")] == ["rolled back from step 23 to 10"]
+    assert list(rows(tmp_path)) == list(range(1, 41))
+
+
+def test_what_could_be_gone_back_to_is_not_deleted(pool: RankPool, config: Path, tmp_path: Path) -> None:
+    """One checkpoint is kept, and a periodic save would fall into the row: it is not made."""
+    faults = [Fault(step, 1, "loss", "nan") for step in range(19, 200)]
+    settings = ("checkpoint.keep_last=1", "resilience.anomaly.max_rollbacks=1")
+    state, (problem,) = trained(pool, config, tmp_path, *faults, settings=settings)[0]
+    assert state == "failed"
+    assert "has rolled back 1 times already" in problem
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000010"]
+
+
+def test_another_window_begins_anew(pool: RankPool, config: Path, tmp_path: Path) -> None:
+    trained(pool, config, tmp_path, settings=("train.steps=20",))
+    assert trained(pool, config, tmp_path, settings=("resilience.anomaly.window_steps=9",)) == [("completed", [])] * 2
+
+
 def test_a_resumed_run_decides_alike(pool: RankPool, config: Path, tmp_path: Path) -> None:
     """The history is in the checkpoint: a spike right after a resume is found, by the same window."""
     whole, parted = tmp_path / "whole", tmp_path / "parted"

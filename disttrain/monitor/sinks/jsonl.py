@@ -19,6 +19,7 @@ class JsonlSink:
         _truncate(path, resumed_step)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._waiting = b""
+        self._closed = False
 
     def log(self, record: Record) -> None:
         self._waiting += json.dumps(plain(record)).encode() + b"\n"
@@ -37,6 +38,9 @@ class JsonlSink:
 
     def close(self) -> None:
         """Write what a full disk refused so far. OSError when it still does."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             self._write()
         finally:

@@ -55,6 +55,8 @@ class WandbSink:
         self._pending |= {key: _converted(value) for key, value in record.items()}
 
     def event(self, event: Event) -> None:
+        if event.kind == "rollback" and self._pending and self._pending["step"] > event.step:
+            self._pending = {}  # of a step that does not stand
         if self.config.alerts and event.kind in ALERTS:
             self._run.alert(f"{self.name}: {event.kind} at step {event.step}", event.text, level=ALERTS[event.kind])
 
@@ -79,9 +81,9 @@ class WandbSink:
 
     def _send(self) -> None:
         if self._pending:
-            self._sent = self._pending["step"]
             row, self._pending = self._pending, {}
-            self._run.log(row, step=self._sent)
+            self._sent = max(self._sent, row["step"])
+            self._run.log(row, step=row["step"])
 
 
 def _start(config: WandbConfig, run: WandbRun, say: Callable[[str], None]) -> tuple[Any, int]:
