@@ -30,6 +30,7 @@ COMMON = [
     "train.microbatch_size=8",
     f"schedule.warmup_tokens={TOKENS // 16}",
     "monitor.noise_scale_every=1",
+    "resilience.anomaly.spikes=false",
     "monitor.evaluate_every=100000",
     "monitor.bigram_baseline=false",
     "monitor.sample_tokens=0",

@@ -39,6 +39,7 @@ SETTINGS = [
     *("model.n_layers=2", "model.d_model=64", "data.source=synthetic", "data.tokenizer=bytes", "device=cpu"),
     *(f"train.sequence_length={LENGTH}", f"train.global_batch_tokens={SAMPLES * LENGTH}", f"train.steps={STEPS}"),
     *("train.microbatch_size=16", "parallel.strategy=ddp", "optim.weight_decay=0.0", "optim.clip.kind=none"),
+    "resilience.anomaly.spikes=false",
 ]
 
 

@@ -33,6 +33,7 @@ def trained(optimizer: str, rate: float, seed: int) -> list[dict[str, Any]]:
     if not status.exists() or json.loads(status.read_text())["state"] != "completed":
         overrides = [f"optim.preset={optimizer}", f"optim.lr={rate}", f"train.seed={seed}", f"run.dir={folder}"]
         overrides += ["monitor.evaluate_every=100", "monitor.bigram_baseline=false", "checkpoint.keep_last=1"]
+        overrides += ["resilience.anomaly.spikes=false"]
         command = [sys.executable, "-m", "disttrain", "train", "configs/quickstart.toml", *overrides]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
