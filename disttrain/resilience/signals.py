@@ -13,8 +13,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def heard_signals() -> list[signal.Signals]:
-    """Without those that were ignored when we were started: `nohup` means it."""
-    return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    """Without SIGHUP where it was ignored when we were started: `nohup` means it. SIGINT is heard always: shells start
+    what runs in the background without it, and ranks are told by it that their parent has died."""
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (nohup and number == signal.SIGHUP)]
 
 
 class StopRequest:

@@ -27,7 +27,7 @@ from tests.cli.helpers import (
     wait_for,
     wait_for_a_step,
 )
-from tests.cli.test_stop import ENDLESS, PREEMPTED, check_equal, stopped_step
+from tests.cli.test_stop import ENDLESS, PREEMPTED, stopped_step
 
 FEW = ("checkpoint.every=10", "train.steps=80", "monitor.evaluate_every=80")
 
@@ -169,7 +169,8 @@ def test_every_way_to_ask_for_a_stop(config: Path, finished_folder: Path, tmp_pa
     reason = {"USR1": "another rank was asked|SIGTERM", "file": "STOP is there", "limit": "time limit comes near"}[way]
     assert re.search(reason, stop["text"])
     assert not (folder / "STOP").exists()
-    check_equal(folder, finished_folder)
+    expected = losses(finished_folder)
+    assert {step: loss for step, loss in losses(folder).items() if step <= 40}.items() <= expected.items()
 
 
 def test_a_stop_file_from_before_is_told(config: Path, tmp_path: Path) -> None:
