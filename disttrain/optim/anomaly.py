@@ -10,7 +10,7 @@ from torch import Tensor
 
 from disttrain.config.resilience import AnomalyConfig
 
-_LOSS_FLOOR, _NORM_FLOOR = 0.02, 0.1
+_LOSS_FLOOR, _NORM_FLOOR = 0.05, 0.25
 """The least deviation that counts: of the loss as a share of its mean, of a norm's logarithm. A calm history must not
 make every ripple a spike."""
 
