@@ -65,7 +65,8 @@ class MetricBuffer:
         self.device = device
         self._bins = {name: kind for name, kind in self.reductions.items() if isinstance(kind, Bins)}
         self._inner = {
-            name: torch.tensor(bins.edges[1:-1], device=device).double() for name, bins in self._bins.items()
+            name: torch.tensor(bins.edges[1:-1], dtype=torch.float64, device=device)
+            for name, bins in self._bins.items()
         }
         self.clear()
 

@@ -59,7 +59,7 @@ class StepProfiler:
         finally:
             if self.on_cuda:
                 torch.cuda.memory._record_memory_history(enabled=None)
-        return describe(summary, self.folder) if self.ranks.is_first else []
+        return _describe(summary, self.folder) if self.ranks.is_first else []
 
     def _write(self, profiled: profile, step: int) -> dict[str, Any]:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def _quiet() -> Iterator[None]:
         os.close(nowhere)
 
 
-def describe(summary: dict[str, Any], folder: Path) -> list[str]:
+def _describe(summary: dict[str, Any], folder: Path) -> list[str]:
     first, last = summary["steps"]
     lines = [
         f"profile of steps {first} to {last}, {folder}: {summary['step_seconds']:.3f} s a step, communication "

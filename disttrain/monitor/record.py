@@ -1,4 +1,4 @@
-"""What one log row is made of. No torch here: reports read the same rows."""
+"""What one log row is made of."""
 
 from __future__ import annotations
 

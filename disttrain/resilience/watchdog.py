@@ -27,7 +27,7 @@ class Watchdog:
     """`enter(phase, seconds)` begins something that may take so long; nothing is watched before the first call.
 
     When a rank hangs, every rank that can writes `folder`/rank-R.json and ends the process with `EXIT_FAILED`, for a
-    collective waits for all. The first rank that wrote also says who is to blame, once the others have written.
+    collective waits for all. The lowest rank that wrote also says who is to blame, once the others have written.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, blame: Callable[[int, str], None]) -> None:

@@ -43,8 +43,8 @@ class StepGuard:
         """Under fp16 a gradient that is not finite is how the loss scale finds its place."""
         self._pending: tuple[int, tuple[int, int], StepResult] | None = None
 
-    def look(self, step: int, samples: tuple[int, int], result: StepResult) -> list[bool | BadStep]:
-        """What has become known, oldest first: True for a good step. Collective where a step was bad.
+    def look(self, step: int, samples: tuple[int, int], result: StepResult) -> list[BadStep | None]:
+        """What has become known, oldest first: None for a good step. Collective where a step was bad.
 
         `samples` are the first and the last of the global batch, by their place in the run's order.
         """
@@ -58,7 +58,7 @@ class StepGuard:
         """The step that was not looked at yet does not stand."""
         self._pending = None
 
-    def settle(self) -> list[bool | BadStep]:
+    def settle(self) -> list[BadStep | None]:
         """Wait for the last step's verdict."""
         pending, self._pending = self._pending, None
         if pending is None:
@@ -66,7 +66,7 @@ class StepGuard:
         step, samples, result = pending
         verdict = Verdict(int(result.update.verdict))
         if verdict is Verdict.GOOD:
-            return [True]
+            return [None]
         losses = dist_all_gather_rows(result.loss_sum.detach().double().reshape(1)).flatten().tolist()
         lost = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         if self.scaled and verdict is Verdict.GRADIENT_NOT_FINITE and not lost:
@@ -108,11 +108,11 @@ class Recovery:
         self.first_bad = int(kept.get("first_bad", 0))
         """The first step of the row."""
 
-    def must_roll_back(self, seen: bool | BadStep) -> bool:
+    def good_step(self) -> None:
+        self.in_row = 0
+
+    def must_roll_back(self, seen: BadStep) -> bool:
         """Raises NumericalError when the budget is spent."""
-        if not isinstance(seen, BadStep):
-            self.in_row = 0
-            return False
         self.in_row += 1
         if self.in_row == 1:
             self.first_bad = seen.step

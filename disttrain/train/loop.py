@@ -143,14 +143,15 @@ class TrainingLoop:
             )
         self.watchdog.enter("a step", max(resilience.hang_seconds, 3 * last), step)
 
-    def _answer(self, seen: list[bool | BadStep]) -> None:
+    def _answer(self, seen: list[BadStep | None]) -> None:
         """Leave bad steps left out, or go back to before them and on behind their data."""
-        for one in seen:
-            if isinstance(one, BadStep):
-                self.output.event("skipped", f"step {one.step} left out: {one.reason}")
-                self.output.say(f"warning: step {one.step} left out: {one.reason}")
-            if self.recovery.must_roll_back(one) and isinstance(one, BadStep):
-                self._roll_back(one)
+        for bad in seen:
+            if bad is None:
+                self.recovery.good_step()
+                continue
+            self.output.warn(f"step {bad.step} left out: {bad.reason}", kind="skipped")
+            if self.recovery.must_roll_back(bad):
+                self._roll_back(bad)
                 return
 
     def _roll_back(self, bad: BadStep) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from disttrain.optim import OptimizerSet, Safeguards
 from disttrain.optim.ownership import ownership, ownership_record, ownership_table
 from disttrain.resilience import lost_peers
 from disttrain.train.environment import describe_environment
-from disttrain.train.folder import disk_errors
+from disttrain.train.folder import State, disk_errors
 from disttrain.train.preflight import PreparedRun
 from disttrain.train.run_time import RunTime
 from disttrain.train.sinks import RunSinks, build_sinks, wandb_run_id
@@ -68,21 +67,19 @@ class RunOutput:
         if self.console is not None:
             self.console.say(text)
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str, kind: str = "warning") -> None:
         self.say(f"warning: {text}")
-        self.event("warning", text)
+        self.event(kind, text)
 
     def rolled_back(self, step: int, tokens: int, reason: str) -> None:
         """The run goes on from an earlier step, whose rows are the last that stand."""
         before = self.step
         self.reached(step, tokens)
         self._checkpoint = {}
-        text = f"rolled back from step {before} to {step}: {reason}"
-        self.say(f"warning: {text}")
         if self.console is not None:
             with disk_errors(self.folder.path):
                 self.jsonl.rewind(step)
-        self.event("rollback", text)
+        self.warn(f"rolled back from step {before} to {step}: {reason}", kind="rollback")
 
     def event(self, kind: str, text: str) -> None:
         """For the time line; nothing on the console."""
@@ -194,5 +191,5 @@ class RunOutput:
         self.jsonl.log(record)
         self.sinks.log(record)
 
-    def _status(self, state: Any) -> None:
+    def _status(self, state: State) -> None:
         self.folder.write_status(state, self.step, **self.run_time.status())

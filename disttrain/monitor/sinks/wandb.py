@@ -21,8 +21,7 @@ FLUSH_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class WandbRun:
-    """What a run tells W&B about itself. `earlier` reads the rows of metrics.jsonl
-    after a step, up to the resumed one."""
+    """What a run tells W&B about itself. `earlier` reads the rows of metrics.jsonl after a step, to the resumed one."""
 
     id: str
     name: str
