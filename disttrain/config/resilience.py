@@ -43,6 +43,10 @@ class ResilienceConfig(Section):
     hang_seconds: PositiveFloat = 300.0
     """A rank that stays in one step for longer is taken to hang: all ranks write down where they are, and end. The
     first step, evaluation and saving have `collective_timeout_seconds`."""
+    slow_rank_factor: Annotated[float, Field(gt=1)] = 1.1
+    """A rank whose own work in a step takes so many times as long as the others' is named."""
+    compare_replicas_every: NonNegativeInt = 100
+    """Steps after which ranks that hold the same weights compare them, as before every checkpoint; 0 never does."""
     stop_before_limit_seconds: PositiveFloat = 120.0
     """How long before the end of its Slurm job a run stops with a checkpoint."""
     anomaly: AnomalyConfig = Field(default_factory=AnomalyConfig)

@@ -2,7 +2,8 @@
 
 from disttrain.monitor.clock import StepClock, build_clock
 from disttrain.monitor.memory import ProcessUse
-from disttrain.monitor.metrics import Bins, MetricBuffer, Reduced, Reduction
+from disttrain.monitor.metrics import Bins, Last, MetricBuffer, Reduced, Reduction
+from disttrain.monitor.probe import build_probe
 from disttrain.monitor.profiler import StepProfiler
 from disttrain.monitor.record import Histogram, Record, Value
 from disttrain.monitor.sinks import BackgroundSink, ConsoleSink, Ending, Event, JsonlSink, Sink, read_rows
@@ -15,6 +16,7 @@ __all__ = [
     "Event",
     "Histogram",
     "JsonlSink",
+    "Last",
     "MetricBuffer",
     "ProcessUse",
     "Record",
@@ -25,5 +27,6 @@ __all__ = [
     "StepProfiler",
     "Value",
     "build_clock",
+    "build_probe",
     "read_rows",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -31,7 +32,14 @@ class Bins:
         return [self.low * 10 ** (index / self.per_decade) for index in range(count + 1)]
 
 
-Reduction = Literal["sum", "max", "mean"] | Bins
+@dataclass(frozen=True)
+class Last:
+    """The last `count` numbers of each rank."""
+
+    count: int
+
+
+Reduction = Literal["sum", "max", "mean"] | Bins | Last
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,11 @@ class Reduced:
         rows, kind = self.columns[name]
         found: list[float] = (rows[:, 0] / rows[:, 1] if kind == "mean" else rows[:, 0]).tolist()
         return found
+
+    def last(self, name: str) -> list[list[float]]:
+        """[numbers][ranks], oldest first, of a `Last`."""
+        rows, _ = self.columns[name]
+        return [column for column in rows.T.tolist() if not any(math.isnan(number) for number in column)]
 
 
 class MetricBuffer:
@@ -73,11 +86,14 @@ class MetricBuffer:
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
         """Fold in one more value, without asking the device for it. KeyError for a name that was not declared.
 
-        Of a mean, `value` is the total over `weight` things; of a histogram, any number of values.
+        Of a mean, `value` is the total over `weight` things; of a histogram or of the last ones, any number of values.
         """
         kind = self.reductions[name]
         if isinstance(kind, Bins):
             self._counts[name] += self._count(name, value)
+            return
+        if isinstance(kind, Last):
+            self._lasts[name].extend(torch.as_tensor(value).flatten().tolist())
             return
         held = self._held[name]
         if kind == "max":
@@ -90,10 +106,12 @@ class MetricBuffer:
     def reduce(self) -> Reduced:
         """Everything over all ranks since the last call, and start anew. Collective; the one wait for the device."""
         scalars = [torch.as_tensor(part, device=self.device).double() for held in self._held.values() for part in held]
-        parts = [torch.stack(scalars), *self._counts.values()] if scalars else list(self._counts.values())
+        parts = [torch.stack(scalars)] if scalars else []
+        parts += [*self._counts.values(), *(_padded(last).to(self.device) for last in self._lasts.values())]
         rows = dist_all_gather_rows(torch.cat(parts)).cpu()
-        widths = [*(len(held) for held in self._held.values()), *(len(counts) for counts in self._counts.values())]
-        columns = dict(zip([*self._held, *self._counts], rows.split(widths, dim=1), strict=True))
+        widths = [*map(len, self._held.values()), *map(len, self._counts.values())]
+        widths += [last.maxlen or 0 for last in self._lasts.values()]
+        columns = dict(zip([*self._held, *self._counts, *self._lasts], rows.split(widths, dim=1), strict=True))
         kinds = {name: str(self.reductions[name]) for name in self._held}
         values = {name: _over_ranks(columns[name], kind) for name, kind in kinds.items()}
         histograms = {
@@ -101,6 +119,7 @@ class MetricBuffer:
             for name, bins in self._bins.items()
         }
         self.clear()
+        kinds |= dict.fromkeys(self._lasts, "last")
         return Reduced(values, histograms, {name: (columns[name], kind) for name, kind in kinds.items()})
 
     def _count(self, name: str, value: Tensor | float) -> Tensor:
@@ -113,12 +132,20 @@ class MetricBuffer:
     def clear(self) -> None:
         """Start anew."""
         self._held: dict[str, Held] = {
-            name: list(_EMPTY[kind]) for name, kind in self.reductions.items() if not isinstance(kind, Bins)
+            name: list(_EMPTY[kind]) for name, kind in self.reductions.items() if isinstance(kind, str)
+        }
+        self._lasts: dict[str, deque[float]] = {
+            name: deque(maxlen=kind.count) for name, kind in self.reductions.items() if isinstance(kind, Last)
         }
         self._counts = {
             name: torch.zeros(len(inner) + 1, dtype=torch.float64, device=self.device)
             for name, inner in self._inner.items()
         }
+
+
+def _padded(numbers: deque[float]) -> Tensor:
+    """As many numbers as there may be, NaN before the first."""
+    return torch.tensor([math.nan] * ((numbers.maxlen or 0) - len(numbers)) + [*numbers], dtype=torch.float64)
 
 
 def _double(value: Tensor | float) -> Tensor | float:

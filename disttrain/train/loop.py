@@ -180,10 +180,10 @@ class TrainingLoop:
 
     def _log(self, result: StepResult, batch_tokens: int) -> None:
         """The loss of this very step, so that a trace does not depend on where a run was resumed."""
-        for warning in self.measured.safeguards.warnings():
-            self.output.warn(f"step {self.position.step}: {warning}")
         left = self.total_steps - self.position.step
         record = self.measured.row(result, self.position, steps_left=left, batch_tokens=batch_tokens)
+        for warning in self.measured.warnings:
+            self.output.warn(f"step {self.position.step}: {warning}")
         self.output.log(record)
 
     def _follow_noise(self) -> None:

@@ -11,9 +11,11 @@ import torch
 from disttrain.config import RunConfig
 from disttrain.distributed.env import Ranks
 from disttrain.flops import model_flops_utilisation, peak_flops, training_flops_per_token
-from disttrain.monitor import Bins, MetricBuffer, ProcessUse, Reduced, Reduction, Value, build_clock
+from disttrain.monitor import Bins, Last, MetricBuffer, ProcessUse, Reduced, Reduction, Value, build_clock, build_probe
 from disttrain.optim.noise_scale import NoiseScale
 from disttrain.optim.update_size import UpdateSizes
+from disttrain.resilience import SlowRanks
+from disttrain.resilience.slow import LEAST_SECONDS
 from disttrain.train.build import Training
 from disttrain.train.group_metrics import GroupMetrics
 from disttrain.train.position import Position
@@ -43,6 +45,12 @@ class Measurements:
         self.safeguards = SafeguardMetrics(parts.optimizer, parts.safeguards)
         self.sizes = UpdateSizes(parts.optimizer.param_groups)
         self.clock = build_clock(device)
+        self.probe = build_probe(device)
+        self.slow_ranks = SlowRanks(
+            config.resilience.slow_rank_factor, least_seconds=0.0 if self.probe else LEAST_SECONDS
+        )
+        self.warnings: list[str] = []
+        """What the last row has brought to light."""
         self.use = ProcessUse(device)
         self.flops_per_token = training_flops_per_token(
             parts.gpt.matmul_parameters, config.model.n_layers, config.model.d_model, config.train.sequence_length
@@ -91,6 +99,7 @@ class Measurements:
     def row(self, result: StepResult, position: Position, *, steps_left: int, batch_tokens: int) -> dict[str, Value]:
         """What is known after a step that was announced as one to be logged. Collective."""
         reduced, steps = self._reduce(), self._steps
+        self.warnings = self.safeguards.warnings() + self.slow_ranks.look(reduced.last("own_work_seconds"))
         length = self.config.train.sequence_length
         productive = self.run_time.productive_seconds - self._productive_seconds
         tokens_per_second = (position.samples - self._samples) * length / productive
@@ -126,7 +135,11 @@ class Measurements:
     def _reductions(self) -> Mapping[str, Reduction]:
         squares: dict[str, Reduction] = {name: "mean" for pair in self._squares for name in pair}
         parts: dict[str, Reduction] = {f"{part}_seconds": "mean" for part in PARTS}
-        own: dict[str, Reduction] = {"own_step_seconds": "mean", "step_seconds_histogram": STEP_TIMES}
+        own: dict[str, Reduction] = {
+            "own_step_seconds": "mean",
+            "step_seconds_histogram": STEP_TIMES,
+            "own_work_seconds": Last(16),
+        }
         use: dict[str, Reduction] = dict.fromkeys(self.use.names, "max")
         sums: dict[str, Reduction] = {"loss": "sum", "skipped_steps": "sum"}
         return sums | squares | parts | own | use
@@ -137,6 +150,8 @@ class Measurements:
             self.metrics.add(f"{part}_seconds", seconds, self._steps)
         self.metrics.add("own_step_seconds", sum(steps), self._steps)
         self.metrics.add("step_seconds_histogram", torch.tensor(steps))
+        # What a GPU's events measure holds its waits for others: there only a probe tells who is slow.
+        self.metrics.add("own_work_seconds", torch.tensor(self.probe.seconds() if self.probe else steps))
         for name, value in self.use.look().items():
             self.metrics.add(name, value)
         return self.metrics.reduce()

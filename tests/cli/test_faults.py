@@ -196,3 +196,39 @@ def test_refused(config: Path, tmp_path: Path, no_torch: dict[str, str]) -> None
         (line,) = refused(disttrain(*run, f"resilience.{setting}", env=no_torch))
         assert f"resilience.{setting.split('=')[0].split('.')[0]}" in line or "warmup_steps" in line
     assert not list(tmp_path.iterdir())
+
+
+SLOW = """
+import os, time
+
+ended = None
+
+def update(gradient, state, **settings):
+    global ended
+    if os.environ.get("RANK") == "1":
+        now = time.thread_time()
+        if ended is not None:
+            while time.thread_time() < now + 2 * (now - ended):
+                pass
+        ended = time.thread_time()
+    return gradient
+"""
+
+
+def test_a_slow_rank_is_named(config: Path, tmp_path: Path) -> None:
+    """Rank 1 takes three times as long for all that it does itself."""
+    (tmp_path / "dawdling.py").write_text(SLOW)
+    env = environment()
+    env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
+    groups = (
+        "optim.groups=[{name='matrices',match=['role:matrices'],algorithm='dawdling:update',lr=1e-4},"
+        "{name='rest',match=['.*'],algorithm='adamw'}]"
+    )
+    folder = tmp_path / "run"
+    ended = disttrain(
+        "train", config, "--nproc", 2, f"run.dir={folder}", groups, "resilience.slow_rank_factor=2", env=env
+    )
+    assert ended.code == 0, ended
+    named = [event["text"] for event in events(folder) if "is slow" in event["text"]]
+    assert re.match(r"step \d+: rank 1 is slow: its own work takes \d\.\d\d times as long as the others'", named[0])
+    assert not [text for text in named if "rank 0" in text]

@@ -5,9 +5,16 @@ from typing import Any
 import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
-from disttrain.monitor import Bins, MetricBuffer
+from disttrain.monitor import Bins, Last, MetricBuffer
 
-KINDS = {"tokens": "sum", "slowest": "max", "loss": "sum", "mean": "mean", "times": Bins(1e-2, 1e2, per_decade=1)}
+KINDS = {
+    "tokens": "sum",
+    "slowest": "max",
+    "loss": "sum",
+    "mean": "mean",
+    "times": Bins(1e-2, 1e2, per_decade=1),
+    "steps": Last(3),
+}
 
 
 def metrics(rank: int, world: int) -> tuple[list[Any], int]:
@@ -21,8 +28,11 @@ def metrics(rank: int, world: int) -> tuple[list[Any], int]:
         buffer.add("mean", torch.tensor(5.0 * rank * value), weight=rank * value)
     buffer.add("times", torch.tensor([0.001, 0.5, 0.5, 1e5]))
     buffer.add("times", 2.0 + rank)
+    buffer.add("steps", torch.tensor([1.0, 2.0]) + 10 * rank)
     with CommDebugMode() as calls:
         first = buffer.reduce()
     buffer.add("slowest", rank)
+    for number in range(5):
+        buffer.add("steps", float(number - rank))
     buffer.add("slowest", torch.tensor(rank - 0.5))
     return [first, buffer.reduce(), buffer.reduce()], calls.get_total_counts()

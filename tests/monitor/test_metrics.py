@@ -34,6 +34,14 @@ def test_histograms(pool: RankPool, world: int) -> None:
         assert second.histograms["times"] == Histogram((), ())
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_last_numbers_of_each_rank(pool: RankPool, world: int) -> None:
+    for (first, second, third), _ in pool.run("tests.monitor.jobs:metrics", world):
+        assert first.last("steps") == [[1.0, 11.0][:world], [2.0, 12.0][:world]]
+        assert second.last("steps") == [[2.0, 1.0][:world], [3.0, 2.0][:world], [4.0, 3.0][:world]]
+        assert third.last("steps") == []
+
+
 def test_empty_ends_of_a_histogram_are_left_out() -> None:
     assert Histogram.trimmed([1, 2, 3, 4, 5], [0, 3, 0, 1]) == Histogram((2, 3, 4, 5), (3, 0, 1))
 
