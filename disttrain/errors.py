@@ -20,6 +20,8 @@ class UserError(Exception):
     """
 
     exit_code = EXIT_BAD_INPUT
+    start_again = False
+    """Whether a run that ended so may come to another end by itself when it is started again."""
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
@@ -36,3 +38,10 @@ class StorageError(UserError):
     """A disk that refuses: nothing is wrong with the input, and trying again later may help."""
 
     exit_code = EXIT_FAILED
+
+
+class CorruptionError(UserError):
+    """Memory that no longer holds what was written to it: the last checkpoint is as good as it was."""
+
+    exit_code = EXIT_FAILED
+    start_again = True

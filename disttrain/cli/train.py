@@ -181,7 +181,8 @@ def _run_rank(run: PreparedRun, ranks: Ranks, give_up: int | None = None) -> Sta
             return run_training(run, ranks, device)
     except UserError as error:
         _note_failure(run, ranks)
-        leave_with_problems(error, ranks, give_up if error.exit_code == EXIT_FAILED else None)
+        hopeless = error.exit_code == EXIT_FAILED and not error.start_again
+        leave_with_problems(error, ranks, give_up if hopeless else None)
     except BaseException:
         if sys.stdout.isatty():
             print("\x1b[?25h", end="")  # the progress bar hides the cursor and will not be closed

@@ -15,6 +15,7 @@ from disttrain.engines.protocol import UpdateResult
 from disttrain.optim import GradientClipper, LossScale, OptimizerSet, Safeguards, set_learning_rate
 from disttrain.optim.anomaly import Verdict, finite_verdict
 from disttrain.parallel import NoiseProbe, SyncRules, parameters_will_change, set_gradient_sync
+from disttrain.parallel.replicas import weight_sums
 
 
 class NativeEngine:
@@ -42,15 +43,21 @@ class NativeEngine:
         self.rules = SyncRules.of(parallel)
         self._parameters = list(module.parameters())
         self.loss_scale = LossScale(parallel.param_dtype == "fp16", device)
+        self._compare_weights = False
+        self._weight_sums: Tensor | None = None
 
-    def begin_step(self, measure_noise: bool, tokens: Sequence[int]) -> list[int]:
+    def begin_step(self, measure_noise: bool, tokens: Sequence[int], compare_weights: bool = False) -> list[int]:
+        self._compare_weights, self._weight_sums = compare_weights, None
         return self.probe.begin(measure_noise, tokens) if self.probe else []
 
     def forward(self, tokens: Tensor, labels: Tensor, last: bool) -> Tensor:
         # One rank's microbatches are told apart by their reduced gradients.
         each = self.probe is not None and self.probe.measuring and self.probe.alone
         set_gradient_sync(self.model, last, replace(self.rules, reduce_each=True) if each else self.rules)
-        return self.model(tokens, labels)
+        loss = self.model(tokens, labels)
+        if self._compare_weights and last:
+            self._weight_sums = weight_sums(self.module.parameters())
+        return loss
 
     def backward(self, loss: Tensor) -> None:
         (loss * self.loss_scale.scale).backward()
@@ -80,7 +87,9 @@ class NativeEngine:
         summed = norms.extras[1] / scale.double().square() if norms.extras is not None and measuring else None
         # A spike is none of the loss scale's business.
         self.loss_scale.update((verdicts[0] == Verdict.GRADIENT_NOT_FINITE).float())
-        return UpdateResult(norms, skipped, verdicts[0], self.loss_scale.scale, summed, ratios, logits)
+        return UpdateResult(
+            norms, skipped, verdicts[0], self.loss_scale.scale, summed, ratios, logits, self._weight_sums
+        )
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:

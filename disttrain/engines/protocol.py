@@ -30,6 +30,9 @@ class UpdateResult:
     """[parameters] how far each would have moved relative to its norm, where updates are limited."""
     logits: AttentionLogits | None = None
     """Where attention is watched."""
+    weight_sums: Tensor | None = None
+    """[parameters] what `parallel.replicas.weight_sums` made of the weights that this rank computed with; not equal on
+    all ranks where weights are cut, or memory is broken."""
 
     @property
     def grad_norm(self) -> Tensor:
@@ -39,9 +42,9 @@ class UpdateResult:
 class Engine(Protocol):
     """Owns the parallel model and the optimizer; the order of calls in a step is that of `train.step.train_step`."""
 
-    def begin_step(self, measure_noise: bool, tokens: Sequence[int]) -> list[int]:
+    def begin_step(self, measure_noise: bool, tokens: Sequence[int], compare_weights: bool = False) -> list[int]:
         """Before the first forward of microbatches with so many valid `tokens`; those of each gradient that is seen by
-        itself in a step whose noise is measured, none otherwise."""
+        itself in a step whose noise is measured, none otherwise. `compare_weights` asks for `weight_sums`."""
         ...
 
     def forward(self, tokens: Tensor, labels: Tensor, last: bool) -> Tensor:

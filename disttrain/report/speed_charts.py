@@ -23,7 +23,11 @@ WITHIN = {
 }
 """Parts of `step_seconds`, which leaves out what stands between steps."""
 OTHER = "other"
-BETWEEN = {"checkpoint_seconds": "checkpoint", "evaluation_seconds": "evaluation"}
+BETWEEN = {
+    "checkpoint_seconds": "checkpoint",
+    "evaluation_seconds": "evaluation",
+    "comparison_seconds": "comparison of copies",
+}
 BETWEEN_NOTE = "Checkpoint and evaluation stand between steps; their time is shared out over the steps of a log row."
 WIDE_RATIO = 6.0
 """Step times that span more than this have a logarithmic axis: the first step of a run is much longer than the rest."""

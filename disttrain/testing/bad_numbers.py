@@ -30,37 +30,54 @@ class Fault:
 
     step: int
     rank: int
-    where: Literal["loss", "gradient", "parameter"]
-    value: Literal["nan", "inf", "spike"]
+    where: Literal["loss", "gradient", "parameter", "gathered"]
+    value: Literal["nan", "inf", "spike", "flip"]
 
 
 class SpoiltEngine(NativeEngine):
-    """A loss is multiplied by the value; a gradient is, before ranks are put together; a weight is set to it."""
+    """A loss is multiplied by the value; a gradient is, before ranks are put together; a weight is set to it, or has
+    a bit flipped, also one that was gathered for the forward."""
 
     faults: Sequence[Fault] = ()
     rank = 0
 
-    def begin_step(self, measure_noise: bool, tokens: Sequence[int]) -> list[int]:
+    def begin_step(self, measure_noise: bool, tokens: Sequence[int], compare_weights: bool = False) -> list[int]:
         self.taken = getattr(self, "taken", 0) + 1
-        if (value := self._value("parameter")) is not None:
+        if (fault := self._fault("parameter")) is not None:
             parameters_will_change(self.model)
-            with torch.no_grad():
-                shard = next(s for p in self.module.parameters() if (s := local(p)).numel())
-                shard.view(-1)[0] = value
-        return super().begin_step(measure_noise, tokens)
+            _spoil(next(s for p in self.module.parameters() if (s := local(p)).numel()), fault)
+        return super().begin_step(measure_noise, tokens, compare_weights)
 
     def forward(self, tokens: Tensor, labels: Tensor, last: bool) -> Tensor:
+        hook = None
+        if last and (fault := self._fault("gathered")) is not None:
+            block = self.module.get_submodule("blocks.0")
+            hook = block.register_forward_hook(lambda *_: _spoil(next(block.parameters()), fault))
         loss = super().forward(tokens, labels, last)
+        if hook is not None:
+            hook.remove()
         return loss if (value := self._value("loss")) is None else loss * value
 
     def backward(self, loss: Tensor) -> None:
         super().backward(loss if (value := self._value("gradient")) is None else loss * value)
 
-    def _value(self, where: str) -> float | None:
+    def _fault(self, where: str) -> Fault | None:
         for fault in self.faults:
             if (fault.step, fault.rank, fault.where) == (self.taken, self.rank, where):
-                return VALUES[fault.value]
+                return fault
         return None
+
+    def _value(self, where: str) -> float | None:
+        fault = self._fault(where)
+        return VALUES[fault.value] if fault else None
+
+
+def _spoil(weights: Tensor, fault: Fault) -> None:
+    first = weights.data.view(-1)[:1]  # autograd does not look at what a fault does
+    if fault.value == "flip":
+        first.view(torch.int32).bitwise_xor_(1 << 16)  # the lowest bits heal by rounding
+    else:
+        first.fill_(VALUES[fault.value])
 
 
 @contextmanager

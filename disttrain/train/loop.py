@@ -22,8 +22,10 @@ from disttrain.train.first_update import FirstUpdate
 from disttrain.train.guard import BadStep, Recovery, StepGuard, weights_not_finite
 from disttrain.train.measurements import Measurements
 from disttrain.train.output import RunOutput
+from disttrain.train.patience import Patience
 from disttrain.train.position import Position
 from disttrain.train.preflight import PreparedRun
+from disttrain.train.replica_check import ReplicaCheck
 from disttrain.train.run_time import kept_seconds, resume_time
 from disttrain.train.saving import RunCheckpoints, room_note
 from disttrain.train.step import StepResult, train_step
@@ -33,7 +35,6 @@ class TrainingLoop:
     """The parts of a run on one rank, and the position that they have reached."""
 
     def __init__(self, run: PreparedRun, ranks: Ranks, device: torch.device, watchdog: Watchdog) -> None:
-        self.watchdog, self._warned_of_hang_seconds = watchdog, False
         self.config, self.data, self.ranks, self.device = run.config, run.data, ranks, device
         self.parts = build_training(run.config, run.data, ranks, device)
         self.guard = StepGuard(self.parts.optimizer, run.config.parallel.param_dtype == "fp16")
@@ -52,10 +53,12 @@ class TrainingLoop:
         # Lengths in steps go by the batches that the config names, whatever the run has made of them since.
         self.law = build_batch_law(run.config, self.parts.optimizer, run.config.train.batches())
         notes += device_notes(run.config.parallel, device) + room_note(manager, self._state())
+        self.replicas = ReplicaCheck(run.config, self.parts.gpt, ranks.world)
         self.recovery = Recovery(run.config.resilience.anomaly, resumed.extra if resumed else {})
         self.run_time = resume_time(run.started, resumed.extra if resumed else {}, run.earlier)
         self.output = RunOutput(run, ranks, device, self.run_time, resumed, self.total_steps, notes)
         self.output.announce(self.parts.optimizer, self.parts.safeguards)
+        self.patience = Patience(run.config.resilience, watchdog, self.run_time, self.output)
         self.first_update = FirstUpdate(self.parts.optimizer, self.output)
         self.checkpoints = RunCheckpoints(manager, section, self.output)
         self.profiler = StepProfiler(run.config.profile.steps, run.folder.traces, ranks, device)
@@ -65,23 +68,24 @@ class TrainingLoop:
 
     def run(self, stop: StopRequest) -> Ending:
         self.run_time.ready()
-        patience = self.config.resilience.collective_timeout_seconds
         while self.position.step < self.total_steps:
             before = self.position.step
             stopping = self._step(stop.wanted)
             if self.position.step <= before:
                 continue  # rolled back
             step, last = self.position.step, self.position.step >= self.total_steps
+            # Not in a row of bad steps: what is kept from before it must not give way.
+            saving = (self.checkpoints.due(step) and not self.recovery.in_row) or last or stopping
+            self._compare_replicas(saving)
             # Before the checkpoint: a run that is cut short in the evaluation does it again when it resumes.
             if step % self.config.monitor.evaluate_every == 0 or last:
                 self._evaluate()
-            self.watchdog.enter("saving", patience, step)
-            # Not in a row of bad steps: what is kept from before it must not give way.
-            if (self.checkpoints.due(step) and not self.recovery.in_row) or last or stopping:
+            self.patience.enter("saving", step)
+            if saving:
                 self._save(last=last or stopping)
             if stopping and not last:
                 return "preempted"
-        self.watchdog.enter("the end", patience, self.position.step)
+        self.patience.enter("the end", self.position.step)
         with self.run_time.lost_to("finish"):
             self._finish()
         return "completed"
@@ -92,7 +96,7 @@ class TrainingLoop:
         length, every = self.config.train.sequence_length, self.config.monitor.noise_scale_every
         reached = self.position.after(samples, length)
         logging = reached.step % self.config.monitor.log_every == 0 or reached.step in (1, self.total_steps)
-        self._watch_step(reached.step)
+        self.patience.step(reached.step)
         self.profiler.before(reached.step)
         self.first_update.before()
         self.measured.before(logging)
@@ -109,6 +113,7 @@ class TrainingLoop:
             device=self.device,
             stop_wanted=stop_wanted,
             saving=self.checkpoints.busy,
+            compare_weights=self.replicas.within_steps and self.replicas.due(reached.step),
             measure_noise=bool(every) and reached.step % every == 0,
             lap=clock.lap,
         )
@@ -126,22 +131,15 @@ class TrainingLoop:
                     self.output.say(line)
         self._follow_noise()
         self.checkpoints.look(reached.step, result.saving)
+        if result.update.weight_sums is not None:
+            self.replicas.dist_compare(reached.step, result.update.weight_sums)
         self._answer(self.guard.look(reached.step, consumed, result))
         return result.stop
 
-    def _watch_step(self, step: int) -> None:
-        """A step may take `hang_seconds`, or thrice what the last one took; the first one compiles and connects."""
-        resilience, last = self.config.resilience, self.run_time.last_step_seconds
-        if last is None:
-            self.watchdog.enter("the first step", resilience.collective_timeout_seconds, step)
-            return
-        if last > resilience.hang_seconds and not self._warned_of_hang_seconds:
-            self._warned_of_hang_seconds = True
-            self.output.warn(
-                f"resilience.hang_seconds = {resilience.hang_seconds:g} is shorter than a step, which took "
-                f"{last:.1f} s: a rank that hangs is noticed after {3 * last:.0f} s; raise it"
-            )
-        self.watchdog.enter("a step", max(resilience.hang_seconds, 3 * last), step)
+    def _compare_replicas(self, saving: bool) -> None:
+        if self.replicas.between_steps(self.position.step, saving):
+            with self.run_time.lost_to("comparison"):
+                self.replicas.dist_compare(self.position.step)
 
     def _answer(self, seen: list[BadStep | None]) -> None:
         """Leave bad steps left out, or go back to before them and on behind their data."""
@@ -155,7 +153,7 @@ class TrainingLoop:
                 return
 
     def _roll_back(self, bad: BadStep) -> None:
-        self.watchdog.enter("rolling back", self.config.resilience.collective_timeout_seconds, self.position.step)
+        self.patience.enter("rolling back", self.position.step)
         self.guard.forget()
         self.checkpoints.settle(self.position.step)
         manager, optimizer = self.checkpoints.manager, self.parts.optimizer
@@ -216,8 +214,7 @@ class TrainingLoop:
         self.output.log_validation(result.loss, result.bits_per_byte)
 
     def _next_batch(self, batch: Microbatch) -> Microbatch:
-        patience = self.config.resilience.collective_timeout_seconds
-        self.watchdog.enter("a batch of the evaluation", patience, self.position.step)
+        self.patience.enter("a batch of the evaluation", self.position.step)
         return batch
 
     def _state(self) -> dict[str, torch.Tensor]:

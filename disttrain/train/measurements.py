@@ -161,7 +161,7 @@ class Measurements:
         times: dict[str, Value] = {
             name: reduced[name] for name in (f"{part}_seconds" for part in PARTS) if reduced[name] == reduced[name]
         }
-        for cause in ("evaluation", "checkpoint"):
+        for cause in ("evaluation", "checkpoint", "comparison"):
             lost = self.run_time.lost_seconds.get(cause, 0.0) - self._lost_seconds.get(cause, 0.0)
             times[f"{cause}_seconds"] = lost / self._steps
         return times | {"step_seconds_histogram": reduced.histograms["step_seconds_histogram"]}

@@ -39,6 +39,7 @@ def train_step(
     stop_wanted: bool = False,
     saving: bool = False,
     measure_noise: bool = False,
+    compare_weights: bool = False,
     lap: Callable[[str], None] = lambda part: None,
 ) -> StepResult:
     """One optimizer step on this rank's `microbatches` of (tokens, labels) [rows, length], CPU tensors.
@@ -47,7 +48,7 @@ def train_step(
     A batch without any valid token has zero gradients. `lap` is told which part of the step has just ended.
     """
     tokens_of_each = [int((labels != IGNORE_LABEL).sum()) for _, labels in microbatches]
-    chunks = engine.begin_step(measure_noise, tokens_of_each)
+    chunks = engine.begin_step(measure_noise, tokens_of_each, compare_weights)
     lap("data")
     valid_tokens, stops, savers, chunk_squares = dist_sum_integers(
         sum(tokens_of_each), int(stop_wanted), int(saving), sum(chunk**2 for chunk in chunks)

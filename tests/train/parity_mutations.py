@@ -42,8 +42,8 @@ class _Scaled:
     def forward(self, tokens: Tensor, labels: Tensor, last: bool) -> Tensor:
         return self.engine.forward(tokens, labels, last)
 
-    def begin_step(self, measure_noise: bool, tokens: Sequence[int]) -> list[int]:
-        return self.engine.begin_step(measure_noise, tokens)
+    def begin_step(self, measure_noise: bool, tokens: Sequence[int], compare_weights: bool = False) -> list[int]:
+        return self.engine.begin_step(measure_noise, tokens, compare_weights)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * self.factor)
