@@ -1,4 +1,6 @@
-"""What checkpoints survive: `python benchmarks/faults.py checkpoints [--quick]`, minutes on two cores.
+"""What checkpoints and runs survive: `python benchmarks/faults.py checkpoints|run|soak [--quick]`.
+
+`checkpoints`, minutes on two cores.
 
 Two checkpoints of one run lie in a folder, written by several ranks. Each trial harms the newer one, or ends the ranks
 that save it, or lets the disk run full; then a fresh reader loads. Expected of
@@ -9,7 +11,19 @@ that save it, or lets the disk run full; then a fresh reader loads. Expected of
 - a full disk: one line with place, needed and free bytes, the same on every rank, and the older one loads; a save that
   fits succeeds.
 
-Writes results/checkpoint_faults.json and .md, with --quick only where --json says. Exits 1 when a trial fails.
+`run`, about half an hour: real runs of `disttrain train` on gloo, forked from a server that has imported torch.
+
+- kill -9 of one rank, all ranks, the launcher: it trains again by itself (after the launcher's death: by the same
+  command), the losses are those of an uninterrupted run to the bit (to 1e-6 where the world size changed), and so are
+  the samples that were read; no process is left;
+- NaN, Inf and spikes: left out at that step, and no other; a weight that is not finite: back to the checkpoint;
+- requests to stop: exit code 75 with a committed checkpoint of that step;
+- dead ranks: peers gone within 5 s, training again within 15 s at the first restart, no orphans; hung ranks: named.
+
+`soak`, an hour: a fault a minute in one run, which ends with the weights and optimizer state of a clean run.
+
+Writes results/{checkpoint,run,soak}_faults.json and .md, with --quick only where --json says. Exits 1 when a trial
+fails.
 """
 
 from __future__ import annotations
@@ -37,6 +51,10 @@ from checkpoint_faults import (
     zeroed_pages,
 )
 from checkpoint_speed import measure, speed_lines
+from run_faults import kills as run_kills
+from run_faults import stops
+from run_hangs import bad_numbers, comparison_cost, dead_ranks, hung_ranks
+from run_soak import soak
 
 from disttrain.testing import RankPool
 from disttrain.testing.checkpoints import LARGE_ROWS, OTHER_RUN, SMALL_ROWS
@@ -67,6 +85,32 @@ def campaign(quick: bool, seed: int) -> Iterator[Row]:
         yield full_disks(pool, count(30))
 
 
+def run_campaign(quick: bool, seed: int) -> Iterator[Row]:
+    """Faults of real runs, a row each as soon as it is counted."""
+
+    def count(trials: int) -> int:
+        return max(3, trials // 25) if quick else trials
+
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory(prefix="faults-") as name:
+        folder = Path(name)
+        yield run_kills(folder, count(200), rng)
+        yield stops(folder, count(50), rng)
+        yield dead_ranks(folder, count(50), rng)
+        yield hung_ranks(folder, count(30), rng)
+        with RankPool(4) as pool:
+            yield from bad_numbers(folder, pool, count(50), rng)
+            yield comparison_cost(pool, rounds=3 if quick else 15)
+
+
+def soak_campaign(quick: bool, seed: int) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory(prefix="faults-") as name:
+        yield soak(Path(name), 10 if quick else 60, random.Random(seed), apart_seconds=15.0 if quick else 60.0)
+
+
+CAMPAIGNS = {"checkpoints": campaign, "run": run_campaign, "soak": soak_campaign}
+
+
 def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"Made by `{report['command']}` with torch {report['torch']}; `benchmarks/faults.py` says what is expected.",
@@ -77,12 +121,12 @@ def markdown(report: dict[str, Any]) -> str:
     for row in report["faults"]:
         counts = ", ".join(f"{name} {number:,}" for name, number in row["counts"].items())
         lines.append(f"| {row['fault']} | {row['trials']:,} | {row['passed']:,} | {row['not_run'] or counts} |")
-    return "\n".join([*lines, "", *speed_lines(report["speed"])]) + "\n"
+    return "\n".join([*lines, *(["", *speed_lines(report["speed"])] if report["speed"] else [])]) + "\n"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="What checkpoints survive, counted, and what that costs.")
-    parser.add_argument("what", choices=["checkpoints"])
+    parser = argparse.ArgumentParser(description="What checkpoints and runs survive, counted, and what that costs.")
+    parser.add_argument("what", choices=list(CAMPAIGNS))
     parser.add_argument("--quick", action="store_true", help="about a twenty-fifth of the trials")
     parser.add_argument("--json", type=Path, help="where the results go; a table lies beside it")
     parser.add_argument("--seed", type=int, default=0)
@@ -90,20 +134,22 @@ def main() -> int:
     # Ranks are forked, and a fork of a process that used two threads hangs in its first such operation.
     torch.set_num_threads(1)
     rows: list[Row] = []
-    for row in campaign(options.quick, options.seed):
+    for row in CAMPAIGNS[options.what](options.quick, options.seed):
         rows.append(row)
         print(f"{row.fault}: {row.passed:,} of {row.trials:,} {row.not_run}", flush=True)
         for failure in row.failures:
             print(f"  {failure}", file=sys.stderr)
-    speed = measure(megabytes=20 if options.quick else 200, rounds=2 if options.quick else 9)
-    command = f"python benchmarks/faults.py checkpoints{' --quick' * options.quick} --seed {options.seed}"
+    speed = None
+    if options.what == "checkpoints":
+        speed = measure(megabytes=20 if options.quick else 200, rounds=2 if options.quick else 9)
+    command = f"python benchmarks/faults.py {options.what}{' --quick' * options.quick} --seed {options.seed}"
     report = {"command": command, "torch": torch.__version__, "faults": [vars(row) for row in rows], "speed": speed}
-    path = options.json or (None if options.quick else RESULTS / "checkpoint_faults.json")
+    path = options.json or (None if options.quick else RESULTS / f"{options.what.removesuffix('s')}_faults.json")
     if path:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
     print(markdown(report))
-    return int(any(row.passed < row.trials for row in rows))
+    return int(any(row.passed < row.trials or row.failures for row in rows))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from disttrain.testing.process import Job, RankProcess, Report
+from disttrain.testing.process import PRELOAD, Job, RankProcess, Report
 
 START_SECONDS = 180.0
 """How long new workers may take to import torch; on a loaded laptop the first ones take half a minute."""
@@ -49,7 +49,7 @@ class RankPool(AbstractContextManager["RankPool"]):
         self.max_world = max_world
         self.device = device
         self._context = ForkServerContext() if device == "cpu" else SpawnContext()
-        self._context.set_forkserver_preload(["disttrain.testing.worker"])
+        self._context.set_forkserver_preload(list(PRELOAD))
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._workers: list[RankProcess] = []
         self._job_numbers = itertools.count()

@@ -18,6 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+PRELOAD = ("disttrain.testing.worker", "disttrain.cli.app", "disttrain.train.run", "disttrain.launching.elastic")
+"""What the fork server imports, of which there is one in a program."""
+
 
 class Job(NamedTuple):
     """What a rank needs to run one function; the keyword arguments are pickled, so tensors travel by value."""
@@ -48,7 +51,7 @@ class RankProcess:
         self._process = context.Process(
             target=_serve, args=(rank, device, self._stack_file, far_end), name=f"rank {rank}"
         )
-        with _start_conditions():
+        with start_conditions():
             self._process.start()
         far_end.close()
 
@@ -108,7 +111,7 @@ def _serve(rank: int, device: str, stack_file: Path, connection: Connection) -> 
 
 
 @contextmanager
-def _start_conditions() -> Iterator[None]:
+def start_conditions() -> Iterator[None]:
     """One thread per rank, this package importable, and an empty `__main__`.
 
     The fork server of Python 3.11 does not get the parent's `sys.path`. A worker would run the caller's script again,
