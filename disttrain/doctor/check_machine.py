@@ -36,9 +36,7 @@ def _open_files(node: Node, needs: Needs) -> list[Finding]:
         f"open files: {files} allowed, a process of this run needs about {wanted} "
         f"({FILES_OF_A_PROCESS} + {FILES_PER_PEER} x {needs.world} processes)"
     )
-    remedy = (
-        f"ulimit -n {max(65_536, 4 * wanted)} before the start (Slurm: PropagateResourceLimits; containers: --ulimit)"
-    )
+    remedy = f"ulimit -n {max(65_536, 4 * wanted)} before the start; docker: --ulimit nofile"
     figures = {"open_files": files, "needed": wanted}
     return [Finding("breaks" if files < wanted else "warning", "limits", what, (node.host,), remedy, figures)]
 
@@ -111,8 +109,8 @@ def _room(node: Node, needs: Needs) -> list[Finding]:
     all_of_them = one * (needs.checkpoints_kept + 1)  # the next one is written before the oldest goes
     findings = []
     if free < all_of_them:
-        of = f"{needs.checkpoints_kept} + 1 checkpoints of about {size(one)}" if needs.checkpoint_bytes else "a run"
-        what = f"{disk.folder}: {size(free)} free, {of} {'want' if needs.checkpoint_bytes else 'wants'} {size(all_of_them)}"
+        of = f" ({needs.checkpoints_kept} + 1 checkpoints of about {size(one)})" if needs.checkpoint_bytes else ""
+        what = f"{disk.folder}: {size(free)} free, and a run wants {size(all_of_them)}{of}"
         remedy = "free space, lower checkpoint.keep_last, or set run.dir to a larger disk"
         severity: Severity = "breaks" if free < one else "warning"
         figures = {"needed_bytes": all_of_them}

@@ -95,11 +95,9 @@ def check_clocks(record: Record, needs: Needs) -> list[Finding]:
         if sure <= SKEW_SECONDS:
             continue
         severity: Severity = "breaks" if sure >= needs.stop_seconds else "warning"
+        which = f"{'ahead of' if ahead > 0 else 'behind'} that of {next(iter(record.nodes))}"
         so = f": it would miss the end of its job, before which it begins to save {needs.stop_seconds:g} s"
-        what = (
-            f"its clock is {span(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'} that of {next(iter(record.nodes))} "
-            f"(± {span(error)}){so if severity == 'breaks' else ''}"
-        )
+        what = f"its clock is {span(abs(ahead))} {which} (± {span(error)}){so if severity == 'breaks' else ''}"
         figures = {"ahead_seconds": ahead, "error_seconds": error}
         findings.append(Finding(severity, "clock", what, (host,), "let chrony or ntpd set it", figures))
     if findings or not offsets:

@@ -105,7 +105,9 @@ def _kind_of_links(links: Sequence[Link], hosts: dict[int, str], kind: str) -> l
     usual = sorted(link.bytes_per_second for link in links)[len(links) // 2]
     slowest = min(links, key=lambda link: link.bytes_per_second)
     floor = LEAST_BETWEEN_NODES if kind == "between nodes" else 0.0
-    slow = [link for link in links if link.bytes_per_second < max(SLOW_LINK * usual, floor)]
+    # Two ranks of one machine have but one link, and nothing to compare it with.
+    share = SLOW_LINK if floor or len(links) > 2 else 0.0
+    slow = [link for link in links if link.bytes_per_second < max(share * usual, floor)]
     figures = {
         "slowest_bytes_per_second": slowest.bytes_per_second,
         "usual_bytes_per_second": usual,
@@ -122,9 +124,8 @@ def _kind_of_links(links: Sequence[Link], hosts: dict[int, str], kind: str) -> l
     what = f"slow {kind}: {worst}, {slowest.bytes_per_second / usual:.2f} x the usual {rate(usual)}"
     if len(slow) > 1:
         what += f"; {len(slow)} of {len(links)} links are slow" + (f", all at {common[0]}" if len(common) == 1 else "")
-    remedy = (
-        "look at that link: cable, negotiated speed, a shared uplink, the wrong interface (GLOO_, NCCL_SOCKET_IFNAME)"
-    )
+    cause = "cable, negotiated speed, a shared uplink, the wrong interface (NCCL_SOCKET_IFNAME)"
+    remedy = f"look at that link: {cause if floor else 'PCIe or NVLink, other processes on the same cores'}"
     return [Finding("warning", "links", what, tuple(common or sorted(set.union(*ends))), remedy, figures)]
 
 

@@ -106,7 +106,7 @@ def _threads_of_user(root: Path) -> int | None:
         for process in (root / "proc").iterdir():
             if process.name.isdecimal():
                 try:
-                    total += len(os.listdir(process / "task")) if process.stat().st_uid == os.getuid() else 0
+                    total += sum(1 for _ in (process / "task").iterdir()) if process.stat().st_uid == os.getuid() else 0
                 except OSError:  # it has ended meanwhile
                     continue
     except OSError:

@@ -68,7 +68,7 @@ def _join(store: dist.Store, ranks: Ranks, device: torch.device, backend: str) -
 
 
 def time_computation(device: torch.device) -> tuple[float, float]:
-    """Median seconds of one part of a computation that is the same everywhere, and CPU time over wall time meanwhile."""
+    """Median seconds of a computation that is the same on all ranks, and CPU time over wall time meanwhile."""
     work = build_work(device)
     work()
     times = []
@@ -127,7 +127,7 @@ def all_gather(rank: int, world: int, device: torch.device) -> Collective:
 
 def reduce_scatter(rank: int, world: int, device: torch.device) -> Collective:
     part = torch.empty(ELEMENTS, device=device)
-    dist.reduce_scatter_tensor(part, torch.cat([_pattern(rank + peer, device) for peer in range(world)]))
+    dist.reduce_scatter(part, [_pattern(rank + peer, device) for peer in range(world)])
     expected = torch.stack([_pattern(peer + rank, device) for peer in range(world)]).sum(0)
     return _compare("reduce_scatter", part, expected)
 

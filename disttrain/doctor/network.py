@@ -117,7 +117,7 @@ def port_problem(address: str | None, port: int) -> str | None:
 
 
 def named_interfaces(variable: str, value: str, interfaces: Sequence[Interface]) -> list[Interface]:
-    """Those that gloo or NCCL would take: gloo wants whole names; NCCL prefixes, `=` for whole names, `^` for all but."""
+    """Those that would be taken: gloo wants whole names; NCCL prefixes, `=` for whole names, `^` for all but."""
     names = [name.strip() for name in value.lstrip("^=").split(",") if name.strip()]
     if not variable.startswith("NCCL"):
         return [each for each in interfaces if each.name in names]

@@ -1,4 +1,4 @@
-"""Whether a node can be reached: an answering machine for the others, and calls to theirs. Every wait has a deadline."""
+"""Whether a node can be reached: a listener that answers the others, and calls to theirs. Every wait has a deadline."""
 
 from __future__ import annotations
 
