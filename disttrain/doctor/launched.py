@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from disttrain.distributed.env import Ranks
 from disttrain.distributed.process_group import select_device
+from disttrain.doctor.check_network import check_network
 from disttrain.doctor.check_nodes import check_arrival, check_ways
 from disttrain.doctor.facts import Node, Rank, Record
 from disttrain.doctor.finding import exit_code
@@ -50,7 +51,7 @@ def visit(
         speakers = range(0, ranks.world, ranks.local_world)
         record = meet(exchange or StoreExchange(store, ranks.rank, speakers), node, needs.nodes, (), wait_seconds)
     if record is not None and ranks.is_first:
-        record = _all_ranks_here(store, ranks.world, record, wait_seconds)
+        record = _all_ranks_here(store, needs, record, wait_seconds)
         store.set(_GO, record.not_measured or "")
     elif (why := _wait_for(store, _GO, 2 * wait_seconds + SHARE_SECONDS)) is None:
         tell_progress(store, ranks.rank, node.host, "waiting for the first rank")
@@ -83,20 +84,23 @@ def wait_for_verdict(store: dist.Store, ranks: Ranks) -> int | None:
     return None if text is None else int(text)
 
 
-def _all_ranks_here(store: dist.Store, world: int, record: Record, wait_seconds: float) -> Record:
+def _all_ranks_here(store: dist.Store, needs: Needs, record: Record, wait_seconds: float) -> Record:
     """Whether there is a point in collectives, which would only wait for what is missing."""
     end = time.monotonic() + max(0.0, wait_seconds - record.waited_seconds)
     while True:
-        missing = [rank for rank in range(world) if not store.check([f"arrived/{rank}"])]
+        missing = [rank for rank in range(needs.world) if not store.check([f"arrived/{rank}"])]
         if not missing or time.monotonic() >= end:
             break
         time.sleep(_LOOK_SECONDS)
-    nodes = [*check_arrival(record, Needs()), *check_ways(record)]
+    nodes = [*check_arrival(record, needs), *check_ways(record)]
+    network = [finding for node in record.nodes.values() for finding in check_network(node, needs)]
     why = None
     if missing:
-        why = f"{len(missing)} of {world} ranks did not come"
+        why = f"{len(missing)} of {needs.world} ranks did not come"
     elif exit_code(nodes):
         why = "nodes are missing or do not reach each other"
+    elif exit_code(network):
+        why = "a node's network is not fit for them, they would only wait"
     return record.model_copy(update={"missing_ranks": dict.fromkeys(missing, ""), "not_measured": why})
 
 

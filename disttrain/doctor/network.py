@@ -135,7 +135,8 @@ def listening_address(network: Network) -> str:
             return address
     with suppress(OSError):
         return source_address(SOMEWHERE)
-    return "127.0.0.1"
+    outside = [address for each in network.interfaces if each.up for address in each.addresses]
+    return next((address for address in outside if not ipaddress.ip_address(address).is_loopback), "127.0.0.1")
 
 
 def _of_named(variables: Mapping[str, str], interfaces: Sequence[Interface]) -> list[str]:
