@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from disttrain.config import RunConfig
-from disttrain.config.load import load_config
+from disttrain.config.load import layout_problems, load_config
 from disttrain.distributed.env import Ranks, read_ranks, read_variables
 from disttrain.doctor import (
     Finding,
@@ -48,7 +48,7 @@ def doctor_command(
     nodes: Annotated[int | None, typer.Option(help="How many nodes will come.")] = None,
     hosts: Annotated[str | None, typer.Option(help="Their names: a,b,c. Who does not come is named.")] = None,
     head: Annotated[str | None, typer.Option(help="HOST or HOST:PORT of the rendezvous (MASTER_ADDR).")] = None,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for other nodes and ranks.")] = 25.0,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for other nodes and ranks.")] = 20.0,
     failing_nodes: Annotated[Path | None, typer.Option(help=f"Default: {FAILING_NODES} in --share, or here.")] = None,
     as_json_: Annotated[bool, typer.Option("--json", help="Findings and facts as one JSON object.")] = False,
 ) -> None:
@@ -57,16 +57,15 @@ def doctor_command(
     names = [name.strip() for name in (hosts or "").split(",") if name.strip()]
     variables = read_variables(VARIABLES)
     ranks = read_ranks()
-    settings = _load(config, overrides or [], nproc, ranks)
     file = failing_nodes or (share or Path()) / FAILING_NODES
     count = read_nodes(nodes, names, variables)
     if share is not None and ranks is None and count is None:
         raise UserError(f"--share {share}: how many nodes will come? Say --nodes N, or --hosts with their names")
     if ranks is not None:
-        count = max(1, ranks.world // ranks.local_world)
-        nproc = ranks.local_world
+        count, nproc = _of_launcher(ranks, nproc)
+    settings = _load(config, overrides or [], count or 1, nproc) if config is not None else None
     wanted = nproc or (settings.train.nproc if settings else None)
-    needs = needs_of(settings, count or 1, wanted or 1, *read_head(head, variables, names))
+    needs = needs_of(settings, count or 1, wanted or 1, *read_head(head, variables), tuple(names))
     exchange = _folder(shared_folder(share, variables), wait) if share is not None else None
     if ranks is not None:
         launched = _Launched(ranks, read_launch(variables), needs, wait, exchange)
@@ -74,10 +73,10 @@ def doctor_command(
         sys.stdout.flush()
         # Not by sys.exit: threads of gloo have been seen to abort a rank in the interpreter's teardown.
         os._exit(code)
-    node = gather_node(needs, names)
+    node = gather_node(needs)
     record = Record(here=node.host, nodes={node.host: node})
     if exchange is not None:
-        record = meet(exchange, node, needs.nodes, names, wait)
+        record = meet(exchange, node, needs, wait)
     if wanted is not None and "torch" in node.versions:
         record = _with_ranks(record, wanted, needs)
     raise typer.Exit(_tell(record, needs, file, as_json_))
@@ -158,16 +157,22 @@ def _with_ranks(record: Record, nproc: int, needs: Needs) -> Record:
     return record.model_copy(update={"ranks": tuple(ranks), "missing_ranks": missing})
 
 
-def _load(config: Path | None, overrides: list[str], nproc: int | None, ranks: Ranks | None) -> RunConfig | None:
-    if ranks is not None and nproc not in (None, ranks.local_world):
+def _of_launcher(ranks: Ranks, nproc: int | None) -> tuple[int, int]:
+    """Nodes, and processes of each."""
+    if nproc not in (None, ranks.local_world):
         raise UserError(
             f"--nproc {nproc}, but a launcher has started {ranks.local_world} processes here already: leave it out"
         )
-    if config is None:
-        return None
-    if ranks is not None:
-        return load_config(config, overrides, world=ranks.world).config
-    return load_config(config, overrides, nproc=nproc).config
+    return max(1, ranks.world // ranks.local_world), ranks.local_world
+
+
+def _load(file: Path, overrides: list[str], nodes: int, nproc: int | None) -> RunConfig:
+    """With the mesh and batches checked for all nodes together, where the number of processes is known."""
+    config = load_config(file, overrides, nproc=nproc, check_layout=False).config
+    processes = config.train.nproc
+    if problems := layout_problems(config, nodes * processes if processes else None):
+        raise UserError(problems)
+    return config
 
 
 def _folder(folder: Path, wait: float) -> FolderExchange:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from disttrain.config.monitor import MonitorConfig
@@ -29,7 +28,7 @@ def host_name() -> str:
     return read_variables(["SLURMD_NODENAME"]).get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def gather_node(needs: Needs, hosts: Sequence[str] = (), head_is_open: bool = False) -> Node:
+def gather_node(needs: Needs, head_is_open: bool = False) -> Node:
     gpus = gather_gpus()
     versions = gather_versions() | ({"driver": gpus.driver} if gpus.driver else {})
     return Node(
@@ -37,7 +36,7 @@ def gather_node(needs: Needs, hosts: Sequence[str] = (), head_is_open: bool = Fa
         nonce=secrets.token_hex(8),
         unix_seconds=time.time(),
         versions=versions,
-        network=gather_network(needs.head, needs.port, hosts, head_is_open),
+        network=gather_network(needs.head, needs.port, needs.hosts, head_is_open),
         limits=gather_limits(),
         shared_memory=gather_shared_memory(),
         disk=gather_disk(needs.folder),

@@ -49,7 +49,7 @@ def visit(
     record = None
     if ranks.local_rank == 0:
         speakers = range(0, ranks.world, ranks.local_world)
-        record = meet(exchange or StoreExchange(store, ranks.rank, speakers), node, needs.nodes, (), wait_seconds)
+        record = meet(exchange or StoreExchange(store, ranks.rank, speakers), node, needs, wait_seconds)
     if record is not None and ranks.is_first:
         record = _all_ranks_here(store, needs, record, wait_seconds)
         store.set(_GO, record.not_measured or "")

@@ -50,11 +50,11 @@ def read_port(text: str, name: str) -> int:
     return int(text)
 
 
-def read_head(option: str | None, variables: Mapping[str, str], hosts: list[str]) -> tuple[str | None, int | None]:
-    """`--head`, or what the launcher says, or the first of the hosts; HOST, HOST:PORT or [IPV6]:PORT."""
+def read_head(option: str | None, variables: Mapping[str, str]) -> tuple[str | None, int | None]:
+    """`--head`, as HOST, HOST:PORT or [IPV6]:PORT, or what the launcher says; None where nobody does."""
     if option is None:
         if "MASTER_ADDR" not in variables:
-            return (hosts[0] if hosts else None), None
+            return None, None
         port = variables.get("MASTER_PORT")
         return variables["MASTER_ADDR"], read_port(port, "MASTER_PORT") if port else None
     if option.startswith("["):

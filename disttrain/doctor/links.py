@@ -14,10 +14,11 @@ from disttrain.distributed.env import Ranks
 from disttrain.doctor.facts import Link
 from disttrain.doctor.pairing import link_rounds
 
-FIRST_BYTES, MOST_BYTES = 1 << 20, 32 << 20
+FIRST_BYTES = 1 << 20
+MOST_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 LINK_SECONDS = 0.1
 """What a measured message may take about; a slow link gets a small one."""
-MESSAGES = 4
+MESSAGES = 3
 PINGS = 10
 
 
@@ -51,7 +52,7 @@ def _send(own: int, peer: int, device: torch.device) -> Link:
         speeds.append(4 * count / max(seconds - latency, seconds / 2))
         dist.recv(answer, peer)  # only now: comparing takes time too
         wrong += int(answer.item())
-        count = _next_count(count, seconds)
+        count = _next_count(count, seconds, device)
     # The best one: a core that was busy for a moment says nothing about the link.
     speed = max(speeds)
     return Link(sender=own, receiver=peer, bytes_per_second=speed, latency_seconds=latency, wrong_elements=wrong)
@@ -88,6 +89,6 @@ def message(sender: int, count: int, device: torch.device) -> Tensor:
     return torch.remainder(torch.arange(count, device=device), 8191).float() + sender
 
 
-def _next_count(count: int, seconds: float) -> int:
+def _next_count(count: int, seconds: float, device: torch.device) -> int:
     wanted = int(4 * count * LINK_SECONDS / max(seconds, 1e-6))
-    return min(max(wanted, FIRST_BYTES), MOST_BYTES) // 4
+    return min(max(wanted, FIRST_BYTES), MOST_BYTES[device.type]) // 4

@@ -16,12 +16,16 @@ from disttrain.distributed.env import Ranks
 from disttrain.distributed.process_group import select_device
 from disttrain.doctor.facts import Rank
 from disttrain.doctor.measure import measure_rank
-from disttrain.doctor.rank_results import collect_results, tell_progress, tell_result
+from disttrain.doctor.rank_results import STALL_SECONDS, collect_results, tell_progress, tell_result
 
 LEAVE_SECONDS = 2.0
+IMPORT_SECONDS = 90.0
+"""How long torch may take to be imported by a new process."""
 
 
-def run_local_ranks(nproc: int, wanted: str, host: str) -> tuple[list[Rank], dict[int, str]]:
+def run_local_ranks(
+    nproc: int, wanted: str, host: str, stall_seconds: float = STALL_SECONDS
+) -> tuple[list[Rank], dict[int, str]]:
     """Results of `nproc` ranks, and those that gave none; UserError for a device that cannot be used."""
     kind = select_device(wanted, nproc - 1).type
     # Forked ranks start with torch imported; CUDA does not survive a fork.
@@ -35,7 +39,8 @@ def run_local_ranks(nproc: int, wanted: str, host: str) -> tuple[list[Rank], dic
         for process in processes:
             process.start()
         try:
-            return collect_results(dist.FileStore(path, -1), nproc)
+            start_seconds = stall_seconds if kind == "cpu" else IMPORT_SECONDS
+            return collect_results(dist.FileStore(path, -1), nproc, stall_seconds, start_seconds)
         finally:
             for process in processes:
                 process.join(LEAVE_SECONDS / nproc)

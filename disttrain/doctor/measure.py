@@ -18,6 +18,8 @@ from disttrain.doctor.links import measure_links
 GROUP_SECONDS = 20.0
 """How long a rank waits for the others inside one operation."""
 ELEMENTS = 1 << 16
+"""Of each rank's part in a collective; fewer where so many parts come together that they would fill the memory."""
+MOST_ELEMENTS = 1 << 23
 TIMED_BYTES = 8 << 20
 CHUNKS = 7
 
@@ -97,9 +99,9 @@ def build_work(device: torch.device) -> Callable[[], None]:
 
 def all_reduce(rank: int, world: int, device: torch.device) -> Collective:
     """Small whole numbers, whose sums fp32 holds exactly; the timed one is larger."""
-    values = _pattern(rank, device)
+    values = _pattern(rank, world, device)
     dist.all_reduce(values)
-    expected = torch.stack([_pattern(peer, device) for peer in range(world)]).sum(0)
+    expected = torch.stack([_pattern(peer, world, device) for peer in range(world)]).sum(0)
     large = torch.ones(TIMED_BYTES // 4, device=device)
     dist.all_reduce(large)
     dist.barrier()
@@ -112,30 +114,30 @@ def all_reduce(rank: int, world: int, device: torch.device) -> Collective:
 
 
 def broadcast(rank: int, world: int, device: torch.device) -> Collective:
-    values = _pattern(rank, device)
+    values = _pattern(rank, world, device)
     source = world - 1
     dist.broadcast(values, source)
-    return _compare("broadcast", values, _pattern(source, device), senders=[source])
+    return _compare("broadcast", values, _pattern(source, world, device), senders=[source])
 
 
 def all_gather(rank: int, world: int, device: torch.device) -> Collective:
-    rows = [torch.empty(ELEMENTS, device=device) for _ in range(world)]
-    dist.all_gather(rows, _pattern(rank, device))
-    expected = torch.stack([_pattern(peer, device) for peer in range(world)])
+    rows = [torch.empty(_elements(world), device=device) for _ in range(world)]
+    dist.all_gather(rows, _pattern(rank, world, device))
+    expected = torch.stack([_pattern(peer, world, device) for peer in range(world)])
     return _compare("all_gather", torch.stack(rows), expected, senders=list(range(world)))
 
 
 def reduce_scatter(rank: int, world: int, device: torch.device) -> Collective:
-    part = torch.empty(ELEMENTS, device=device)
-    dist.reduce_scatter(part, [_pattern(rank + peer, device) for peer in range(world)])
-    expected = torch.stack([_pattern(peer + rank, device) for peer in range(world)]).sum(0)
+    part = torch.empty(_elements(world), device=device)
+    dist.reduce_scatter(part, [_pattern(rank + peer, world, device) for peer in range(world)])
+    expected = torch.stack([_pattern(peer + rank, world, device) for peer in range(world)]).sum(0)
     return _compare("reduce_scatter", part, expected)
 
 
 def all_to_all(rank: int, world: int, device: torch.device) -> Collective:
-    parts = torch.empty(world, ELEMENTS, device=device)
-    dist.all_to_all_single(parts, torch.stack([_pattern(world * rank + peer, device) for peer in range(world)]))
-    expected = torch.stack([_pattern(world * peer + rank, device) for peer in range(world)])
+    parts = torch.empty(world, _elements(world), device=device)
+    dist.all_to_all_single(parts, torch.stack([_pattern(world * rank + peer, world, device) for peer in range(world)]))
+    expected = torch.stack([_pattern(world * peer + rank, world, device) for peer in range(world)])
     return _compare("all_to_all", parts, expected, senders=list(range(world)))
 
 
@@ -148,9 +150,13 @@ COLLECTIVES = {
 }
 
 
-def _pattern(seed: int, device: torch.device) -> Tensor:
+def _elements(world: int) -> int:
+    return max(1, min(ELEMENTS, MOST_ELEMENTS // world))
+
+
+def _pattern(seed: int, world: int, device: torch.device) -> Tensor:
     """Whole numbers below 128, another order for each seed; sums over 2**17 ranks are exact in fp32."""
-    return torch.remainder(torch.arange(ELEMENTS, device=device) * (2 * seed + 3) + seed, 127).float()
+    return torch.remainder(torch.arange(_elements(world), device=device) * (2 * seed + 3) + seed, 127).float()
 
 
 def _compare(

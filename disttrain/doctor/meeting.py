@@ -15,16 +15,17 @@ from typing import Protocol
 from pydantic import ValidationError
 
 from disttrain.doctor.facts import Facts, Node, Record, Way
+from disttrain.doctor.needs import Needs
 from disttrain.doctor.network import listening_address
 from disttrain.doctor.reach import Listener, call_node
 
 ALL_PAIRS = 64
 """With more nodes each calls the first one and its next `RING` neighbours: the square of thousands is too much."""
 RING = 8
-SHARE_SECONDS = 10.0
+SHARE_SECONDS = 7.0
 """How much longer than for the nodes themselves to wait for what came of their calls."""
 _LOOK_SECONDS = 0.1
-_CALLERS = 16
+_CALLERS = ALL_PAIRS
 
 
 class Exchange(Protocol):
@@ -72,10 +73,8 @@ class FolderExchange:
         return texts
 
 
-def meet(
-    exchange: Exchange, node: Node, nodes: int, hosts: Sequence[str], wait_seconds: float, own_clock: float = 0.0
-) -> Record:
-    """Wait until `nodes` nodes (or those called `hosts`) are there and have been called, `wait_seconds` at most.
+def meet(exchange: Exchange, node: Node, needs: Needs, wait_seconds: float, own_clock: float = 0.0) -> Record:
+    """Wait until all nodes of `needs` (or those called `hosts` there) are here and have been called, `wait_seconds` at most.
 
     `own_clock` is added to this node's clock: for tests.
     """
@@ -95,7 +94,7 @@ def meet(
             with ThreadPoolExecutor(_CALLERS) as callers:
                 calls = callers.map(lambda peer: call_node(node.host, peer, clock=clock), again)
                 ways |= {peer.host: (peer.nonce, way) for peer, way in zip(again, calls, strict=True)}
-            missing = missing_hosts(here, nodes, hosts)
+            missing = missing_hosts(here, needs.nodes, needs.hosts)
             if not missing and all(_reached(ways.get(peer.host), peer) for peer in peers):
                 break
             if time.monotonic() - began >= wait_seconds:

@@ -19,6 +19,8 @@ class Needs:
     nodes: int = 1
     nproc: int = 1
     """Processes of each node."""
+    hosts: tuple[str, ...] = ()
+    """Names of the nodes, where they are known before."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     folder: Path = Path()
     """Where the run will write."""
@@ -37,13 +39,21 @@ class Needs:
         return self.nodes * self.nproc
 
 
-def needs_of(config: RunConfig | None, nodes: int, nproc: int, head: str | None, port: int | None) -> Needs:
+def needs_of(
+    config: RunConfig | None,
+    nodes: int,
+    nproc: int,
+    head: str | None,
+    port: int | None,
+    hosts: tuple[str, ...] = (),
+) -> Needs:
     """From a config, or what holds for any run."""
     if config is None:
-        return Needs(nodes=nodes, nproc=nproc, head=head, port=port)
+        return Needs(nodes=nodes, nproc=nproc, hosts=hosts, head=head, port=port)
     return Needs(
         nodes=nodes,
         nproc=nproc,
+        hosts=hosts,
         device=config.device,
         folder=config.run_dir,
         head=head,

@@ -18,7 +18,7 @@ def tournament(ranks: Sequence[int], most: int = MOST_ROUNDS) -> list[Round]:
         met = zip(seats[:half], reversed(seats[half:]), strict=True)
         rounds.append([(min(a, b), max(a, b)) for a, b in met if a is not None and b is not None])
         seats = [seats[0], seats[-1], *seats[1:-1]]
-    return rounds
+    return [pairs for pairs in rounds if pairs]
 
 
 def link_rounds(world: int, local_world: int) -> list[Round]:

@@ -12,8 +12,6 @@ from disttrain.doctor.measure import GROUP_SECONDS
 
 STALL_SECONDS = GROUP_SECONDS + 5.0
 """A rank that is at the same thing for longer will give no result: the others have given up on it."""
-START_SECONDS = 60.0
-"""The same for one that has not begun yet: it imports torch, which a busy file system can make long."""
 _LOOK_SECONDS = 0.05
 
 
@@ -40,9 +38,12 @@ def tell_result(store: dist.Store, result: Rank) -> None:
 
 
 def collect_results(
-    store: dist.Store, world: int, stall_seconds: float = STALL_SECONDS, start_seconds: float = START_SECONDS
+    store: dist.Store, world: int, stall_seconds: float = STALL_SECONDS, start_seconds: float = STALL_SECONDS
 ) -> tuple[list[Rank], dict[int, str]]:
-    """Results by rank, and of ranks that stand still or never begin the last thing that they were seen at."""
+    """Results by rank, and of ranks that stand still or never begin the last thing that they were seen at.
+
+    `start_seconds` is for ranks that have not begun yet.
+    """
     results: dict[int, Rank] = {}
     seen: dict[int, tuple[str, float]] = {rank: ("", time.monotonic()) for rank in range(world)}
     missing: dict[int, str] = {}
