@@ -22,12 +22,12 @@ from disttrain.doctor import (
     Record,
     as_json,
     exit_code,
-    failing_hosts,
     gather_node,
     host_name,
     judge,
     needs_of,
     print_findings,
+    responsible_for,
     write_failing_nodes,
 )
 from disttrain.doctor.facts import Node
@@ -69,7 +69,7 @@ def doctor_command(
     exchange = _folder(shared_folder(share, variables), wait) if share is not None else None
     if ranks is not None:
         launched = _Launched(ranks, read_launch(variables), needs, wait, exchange)
-        code = launched.answer(lambda record: _tell(record, needs, file, as_json_))
+        code = launched.answer(lambda record: _tell(record, needs, file, as_json_, alone=True))
         sys.stdout.flush()
         # Not by sys.exit: threads of gloo have been seen to abort a rank in the interpreter's teardown.
         os._exit(code)
@@ -79,7 +79,7 @@ def doctor_command(
         record = meet(exchange, node, needs, wait)
     if wanted is not None and "torch" in node.versions:
         record = _with_ranks(record, wanted, needs)
-    raise typer.Exit(_tell(record, needs, file, as_json_))
+    raise typer.Exit(_tell(record, needs, file, as_json_, alone=exchange is None))
 
 
 class _Launched:
@@ -122,14 +122,14 @@ class _Launched:
         return heard
 
 
-def _tell(record: Record, needs: Needs, file: Path, json_wanted: bool) -> int:
+def _tell(record: Record, needs: Needs, file: Path, json_wanted: bool, alone: bool) -> int:
     """Print, write the hosts to leave out, and say with which exit code to leave.
 
-    In a shared folder the first node speaks about all, the others about themselves.
+    Where nodes have met in a folder the first one speaks about all, the others about themselves; else one is `alone`.
     """
     findings = judge(record, needs)
     first = record.here == next(iter(record.nodes), record.here)
-    failing = _write(file, record, findings) if first else failing_hosts(findings)
+    failing = _write(file, responsible_for(record, findings, alone), findings)
     if json_wanted:
         print(as_json(record, findings, failing))
     else:
@@ -140,9 +140,9 @@ def _tell(record: Record, needs: Needs, file: Path, json_wanted: bool) -> int:
     return exit_code(findings)
 
 
-def _write(file: Path, record: Record, findings: list[Finding]) -> list[str]:
+def _write(file: Path, hosts: set[str], findings: list[Finding]) -> list[str]:
     try:
-        return write_failing_nodes(file, record.nodes, findings)
+        return write_failing_nodes(file, hosts, findings)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; set --failing-nodes to a file elsewhere") from error
 

@@ -4,7 +4,7 @@ measure something (`launched`, `local_ranks`, `measure`, `links`, `rank_results`
 from disttrain.doctor.facts import Record
 from disttrain.doctor.finding import Finding, exit_code, failing_hosts
 from disttrain.doctor.gather import gather_node, host_name
-from disttrain.doctor.judge import judge, write_failing_nodes
+from disttrain.doctor.judge import judge, responsible_for, write_failing_nodes
 from disttrain.doctor.launcher import Launch
 from disttrain.doctor.needs import Needs, needs_of
 from disttrain.doctor.text import as_json, print_findings
@@ -22,5 +22,6 @@ __all__ = [
     "judge",
     "needs_of",
     "print_findings",
+    "responsible_for",
     "write_failing_nodes",
 ]

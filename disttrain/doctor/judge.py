@@ -32,19 +32,33 @@ def judge(record: Record, needs: Needs) -> list[Finding]:
     ]
 
 
+def responsible_for(record: Record, findings: Sequence[Finding], alone: bool) -> set[str]:
+    """Whose lines this node writes into the list: `alone`, where one speaks for all, everybody's.
+
+    Where each node speaks, it has seen more of itself than the others have: its own line, and the first node writes
+    those of hosts that did not come.
+    """
+    failing = set(failing_hosts(findings))
+    if alone:
+        return failing | set(record.nodes)
+    first = record.here == next(iter(record.nodes))
+    return {record.here} | (failing - set(record.nodes) if first else set())
+
+
 def write_failing_nodes(file: Path, examined: Iterable[str], findings: Sequence[Finding]) -> list[str]:
     """One host per line; lines about hosts that were not examined stay. Returns the lines. OSError where it refuses.
 
     A file is made only when there is something to put into it: nodes that are examined one by one share it.
     """
-    failing = failing_hosts(findings)
+    examined = set(examined)
+    failing = [host for host in failing_hosts(findings) if host in examined]
     if not failing and not file.exists():
         return []
     with file.open("a+", encoding="utf-8") as lines:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lines, fcntl.LOCK_EX)
         lines.seek(0)
-        kept = {line.strip() for line in lines if line.strip()} - set(examined)
+        kept = {line.strip() for line in lines if line.strip()} - examined
         together = sorted(kept | set(failing))
         lines.truncate(0)
         lines.write("".join(f"{host}\n" for host in together))

@@ -72,7 +72,7 @@ def tell_verdict(store: dist.Store, ranks: Ranks, code: int) -> None:
     """Stays until the other ranks have heard it, for a moment: the store may end with this process."""
     store.set(_VERDICT, str(code))
     end = time.monotonic() + LEAVE_SECONDS
-    keys = [f"left/{rank}" for rank in range(1, ranks.world)]
+    keys = [f"left/{rank}" for rank in range(1, ranks.world) if store.check([f"arrived/{rank}"])]
     while keys and time.monotonic() < end and not store.check(keys):
         time.sleep(_LOOK_SECONDS)
 

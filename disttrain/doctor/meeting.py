@@ -74,7 +74,7 @@ class FolderExchange:
 
 
 def meet(exchange: Exchange, node: Node, needs: Needs, wait_seconds: float, own_clock: float = 0.0) -> Record:
-    """Wait until all nodes of `needs` (or those called `hosts` there) are here and have been called, `wait_seconds` at most.
+    """Wait until all nodes of `needs` are here and have been called, `wait_seconds` at most; then tell who was.
 
     `own_clock` is added to this node's clock: for tests.
     """

@@ -17,7 +17,7 @@ from disttrain.doctor.check_nodes import (
 )
 from disttrain.doctor.facts import Gpus, Way
 from disttrain.doctor.finding import Finding, exit_code, failing_hosts, worst
-from disttrain.doctor.judge import judge, write_failing_nodes
+from disttrain.doctor.judge import judge, responsible_for, write_failing_nodes
 from disttrain.doctor.needs import Needs
 from disttrain.doctor.versions import gather_versions, torch_versions
 from tests.doctor.made_up import CARD, VERSIONS, healthy, only, record
@@ -142,3 +142,10 @@ def test_the_list_of_hosts_to_leave_out(tmp_path: Path) -> None:
     assert file.read_text() == "b\nd\n"
     write_failing_nodes(file, ["b"], [])
     assert file.read_text() == "d\n"
+
+
+def test_who_writes_which_line() -> None:
+    bad = [Finding("breaks", "disk", "full", ("b",)), Finding("breaks", "arrival", "late", ("d",))]
+    assert responsible_for(record(A, B, C), bad, alone=True) == {"a", "b", "c", "d"}
+    assert responsible_for(record(A, B, C), bad, alone=False) == {"a", "d"}
+    assert responsible_for(record(A, B, C, here="b"), bad, alone=False) == {"b"}
