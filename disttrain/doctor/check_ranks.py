@@ -124,7 +124,7 @@ def _kind_of_links(links: Sequence[Link], hosts: dict[int, str], kind: str) -> l
     what = f"slow {kind}: {worst}, {slowest.bytes_per_second / usual:.2f} x the usual {rate(usual)}"
     if len(slow) > 1:
         what += f"; {len(slow)} of {len(links)} links are slow" + (f", all at {common[0]}" if len(common) == 1 else "")
-    cause = "cable, negotiated speed, a shared uplink, the wrong interface (NCCL_SOCKET_IFNAME)"
+    cause = "cable, negotiated speed, a shared uplink, the wrong interface (GLOO_, NCCL_SOCKET_IFNAME)"
     remedy = f"look at that link: {cause if floor else 'PCIe or NVLink, other processes on the same cores'}"
     return [Finding("warning", "links", what, tuple(common or sorted(set.union(*ends))), remedy, figures)]
 

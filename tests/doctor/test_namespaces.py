@@ -153,3 +153,15 @@ def test_host_names_that_lead_nowhere(cluster: Cluster) -> None:
     assert found(answer, "breaks", "network")[0]["remedy"].endswith("or set GLOO_SOCKET_IFNAME=eth0")
     assert answer["facts"]["ranks"] == []
     assert "network is not fit" in found(answer, "note", "ranks")[0]["what"]
+
+
+def test_a_head_that_is_nowhere(cluster: Cluster) -> None:
+    """An address of the network that no node has; no answer ever comes from there."""
+    lost = LAUNCHED | {"RANK": "1", "MASTER_ADDR": "10.79.0.99"}
+    command = cluster.inside(2, sys.executable, "-m", "disttrain", "doctor", "--json", "--wait", "1")
+    with started(*command, env=environment(**lost)) as process:
+        ended = finish(process)
+    assert ended.code == 1, ended
+    (arrival,) = found(json.loads(ended.out), "breaks", "arrival")
+    assert arrival["what"].startswith("the head 10.79.0.99:29417 does not answer: ")
+    assert Path("failing_nodes.txt").read_text() == "node-2\n"
