@@ -10,6 +10,7 @@ import typer
 
 from disttrain.cli.checkpoint import checkpoint_app
 from disttrain.cli.config import config_command
+from disttrain.cli.doctor import doctor_command
 from disttrain.cli.evaluate import evaluate_command
 from disttrain.cli.generate import generate_command
 from disttrain.cli.problems import leave_with_problems
@@ -31,6 +32,7 @@ app.command("config")(config_command)
 app.command("generate")(generate_command)
 app.command("evaluate")(evaluate_command)
 app.command("verify")(verify_command)
+app.command("doctor")(doctor_command)
 app.command("report")(report_command)
 app.add_typer(checkpoint_app, name="checkpoint")
 

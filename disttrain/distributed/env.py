@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,3 +76,8 @@ def visible_gpus(environment: Mapping[str, str] = os.environ, root: Path = Path(
 def usable_cores() -> int:
     """Cores that this process may use; a container or job may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_variables(names: Iterable[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Those of the variables that are set, to something."""
+    return {name: environment[name] for name in names if environment.get(name)}

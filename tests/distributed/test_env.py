@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.distributed.env import Ranks, read_ranks, usable_cores, visible_gpus
+from disttrain.distributed.env import Ranks, read_ranks, read_variables, usable_cores, visible_gpus
 from disttrain.errors import UserError
 
 
@@ -76,3 +76,7 @@ def test_gpus_by_the_drivers_files(tmp_path: Path) -> None:
 
 def test_there_is_a_core() -> None:
     assert usable_cores() >= 1
+
+
+def test_variables_that_are_set_to_something() -> None:
+    assert read_variables(["A", "B", "C"], {"A": "1", "B": "", "D": "2"}) == {"A": "1"}
