@@ -36,3 +36,9 @@ class StorageError(UserError):
     """A disk that refuses: nothing is wrong with the input, and trying again later may help."""
 
     exit_code = EXIT_FAILED
+
+
+class LaunchError(UserError):
+    """A peer that does not come or cannot be reached: the cluster's doing, and trying again later may help."""
+
+    exit_code = EXIT_FAILED

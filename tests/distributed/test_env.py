@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from disttrain.distributed.env import Ranks, read_ranks, usable_cores, visible_gpus
+from disttrain.distributed.env import Ranks, first_host, read_ranks, usable_cores, visible_gpus
 from disttrain.errors import UserError
 
 
@@ -76,3 +76,67 @@ def test_gpus_by_the_drivers_files(tmp_path: Path) -> None:
 
 def test_there_is_a_core() -> None:
     assert usable_cores() >= 1
+
+
+SRUN = {
+    "SLURM_JOB_ID": "10042",
+    "SLURM_STEP_ID": "1",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_NTASKS": "5",
+    "SLURM_STEP_NODELIST": "gpu[07-08,11]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+}
+
+
+def test_srun_says_who_we_are() -> None:
+    expected = Ranks(rank=3, world=5, local_rank=1, local_world=2, ends_peers=True, head="gpu07", port=20043)
+    assert read_ranks(SRUN) == expected
+    given = read_ranks(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
+    assert given is not None
+    assert (given.head, given.port) == ("10.0.0.1", 29500)
+    last = read_ranks(SRUN | {"SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "2"})
+    assert last is not None
+    assert last.local_world == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"SLURM_STEP_ID": str(0xFFFF_FFFA)},  # the shell of salloc, as a step
+        {"SLURM_STEP_ID": str(0xFFFF_FFFB)},  # the batch script
+        {"SLURM_STEP_ID": ""},  # either of them, before Slurm numbered them
+        {"SLURM_STEP_NUM_TASKS": "1"},  # srun disttrain train --nproc 8
+        {"SLURM_PTY_PORT": "40000"},  # srun --pty bash
+    ],
+)
+def test_a_shell_inside_slurm_starts_its_own_ranks(changes: dict[str, str]) -> None:
+    assert read_ranks(SRUN | changes) is None
+
+
+def test_torchrun_inside_srun_goes_first() -> None:
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x"}
+    assert read_ranks(SRUN | torchrun) == Ranks(rank=0, world=2, local_world=2, elastic=True)
+
+
+def test_deepspeed_says_who_we_are() -> None:
+    variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "1"}
+    variables |= {"CROSS_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert read_ranks(variables) == Ranks(rank=3, world=4, local_rank=1, local_world=2, ends_peers=True)
+
+
+def test_a_broken_step_is_refused() -> None:
+    with pytest.raises(UserError, match="a step of srun, whose variables are not what Slurm sets"):
+        read_ranks(SRUN | {"SLURM_PROCID": "x"})
+    with pytest.raises(UserError, match="'SLURM_LOCALID'"):
+        read_ranks({name: value for name, value in SRUN.items() if name != "SLURM_LOCALID"})
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("n1", "n1"), ("n[1-2]", "n1"), ("n[03-07,9]-ib,m1", "n03-ib"), ("a1,a2", "a1"), ("r2n[5,7]", "r2n5"), ("", "")],
+)
+def test_the_first_of_slurms_hosts(hosts: str, first: str) -> None:
+    assert first_host(hosts) == first
