@@ -12,6 +12,7 @@ from disttrain.cli.checkpoint import checkpoint_app
 from disttrain.cli.config import config_command
 from disttrain.cli.evaluate import evaluate_command
 from disttrain.cli.generate import generate_command
+from disttrain.cli.launch import launch_command
 from disttrain.cli.problems import leave_with_problems
 from disttrain.cli.report import report_command
 from disttrain.cli.train import train_command
@@ -32,6 +33,7 @@ app.command("generate")(generate_command)
 app.command("evaluate")(evaluate_command)
 app.command("verify")(verify_command)
 app.command("report")(report_command)
+app.command("launch")(launch_command)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 
