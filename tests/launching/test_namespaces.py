@@ -36,9 +36,13 @@ IMPATIENT = {
 """What torchrun takes for a lost node, and how often it looks: nobody here needs minutes."""
 BATCH = "train.global_batch_tokens=384"
 """Twelve samples, for three nodes and for two."""
-ONE_CORE = ("taskset", "-c", min(os.sched_getaffinity(0)))
-"""Bits depend on the number of threads, which is that of the cores."""
+CORES = sorted(os.sched_getaffinity(0))
 Started = subprocess.Popen[str]
+
+
+def on_one_core(index: int = 0) -> tuple[object, ...]:
+    """Bits depend on the number of threads, which is that of the cores."""
+    return ("taskset", "-c", CORES[index % len(CORES)])
 
 
 class Job:
@@ -69,7 +73,7 @@ class Job:
         env = environment(
             HEAD=self.nodes[0].address, RUN_DIR=str(self.folder), PYTHON=sys.executable, **IMPATIENT, JOB_ID="one"
         )
-        agent = self.stack.enter_context(self.nodes[index].started(*ONE_CORE, "bash", self.script, env=env))
+        agent = self.stack.enter_context(self.nodes[index].started(*on_one_core(index), "bash", self.script, env=env))
         self.agents.append(agent)
         return agent
 
@@ -85,7 +89,7 @@ class Job:
 def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """The losses of 40 steps of two ranks on one machine."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    ended = run(*ONE_CORE, *TRAIN, config, "--nproc", 2, f"run.dir={folder}", BATCH)
+    ended = run(*on_one_core(), *TRAIN, config, "--nproc", 2, f"run.dir={folder}", BATCH)
     assert ended.code == 0, ended
     return losses(folder)
 
