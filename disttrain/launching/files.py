@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 
-from disttrain.launching.job import SLURM, Job
+from disttrain.launching.job import SIGNAL_SECONDS, SLURM, Job
 from disttrain.launching.rendering import render
 
 MAX_RESTARTS = 3
@@ -135,8 +135,7 @@ def _slurm_values(job: Job) -> dict[str, str]:
         "job_name": re.sub(r"[^A-Za-z0-9._-]", "-", job.name),
         "tasks": str(job.nproc if native else 1),
         "directives": "\n".join(f"#SBATCH {one}" for one in [*own, *wishes.sbatch]),
-        # A minute more than the run needs, as Slurm looks at its clock once a minute.
-        "signal": str(job.stop_seconds + 60),
+        "signal": str(job.stop_seconds + SIGNAL_SECONDS),
         "near": str(job.stop_seconds + 240),
         "setup": "\n".join(setup),
         "container": _continued(container if wishes.container else []),

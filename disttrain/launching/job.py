@@ -31,6 +31,8 @@ _FOR = {
     "min_nodes": ELASTIC,
 }
 """Which targets know what to do with an option."""
+SIGNAL_SECONDS = 60
+"""How long before a run looks at the clock itself Slurm is asked to send its signal."""
 _TIME = r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}"
 
 
@@ -118,6 +120,7 @@ def check_job(target: str, path: Path, overrides: Sequence[str], wishes: Wishes)
         problems.append(
             'device = "cpu": accelerate starts one process on a machine without GPUs; use --target torchrun'
         )
+    problems += _time_problems(config, wishes)
     excluded = _excluded(wishes.exclude, problems)
     if problems or nproc is None:
         raise UserError(problems)
@@ -136,6 +139,32 @@ def _layout_problems(config: RunConfig, wishes: Wishes, nproc: int) -> list[str]
             for problem in layout_problems(config, nodes * nproc)
         ]
     return problems
+
+
+def _time_problems(config: RunConfig, wishes: Wishes) -> list[str]:
+    """Slurm's signal may come a minute early: in a short job it would come before the first step."""
+    if not wishes.time or not re.fullmatch(_TIME, wishes.time):
+        return []
+    stop = round(config.resilience.stop_before_limit_seconds)
+    seconds, least = _seconds(wishes.time), stop + SIGNAL_SECONDS + 120
+    if seconds >= least:
+        return []
+    return [
+        f"--time {wishes.time} is {seconds} s: the run is asked to stop {stop} + {SIGNAL_SECONDS} s before that, and "
+        f"Slurm may do so a minute early; give it {-(-least // 60)} minutes, or lower "
+        "resilience.stop_before_limit_seconds"
+    ]
+
+
+def _seconds(time: str) -> int:
+    """Of a time limit as Slurm writes it: with days the first number behind them is hours, else two are minutes."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts]}.get(len(parts), parts)
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _wish_problems(target: str, wishes: Wishes) -> list[str]:

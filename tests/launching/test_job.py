@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from disttrain.errors import UserError
-from disttrain.launching.job import TARGETS, Job, Wishes, check_job
+from disttrain.launching.job import TARGETS, Job, Wishes, _seconds, check_job
 from tests.launching.rendered import ROOT
 
 
@@ -92,9 +92,26 @@ def test_accelerate_needs_gpus() -> None:
     assert "accelerate starts one process on a machine without GPUs; use --target torchrun" in problem
 
 
-@pytest.mark.parametrize("time", ["90", "90:00", "12:00:00", "1-12", "1-12:30", "2-00:00:00"])
-def test_times_that_slurm_reads(time: str) -> None:
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("12:00:10", 43210),
+        ("1-12", 129_600),
+        ("1-12:30", 131_400),
+        ("2-00:00:00", 172_800),
+    ],
+)
+def test_times_that_slurm_reads(time: str, seconds: int) -> None:
     assert checked("slurm", time=time).wishes.time == time
+    assert _seconds(time) == seconds
+
+
+def test_a_job_that_would_be_asked_to_stop_at_once() -> None:
+    (problem,) = problems("slurm-native", time="4")
+    assert problem.startswith("--time 4 is 240 s: the run is asked to stop 120 + 60 s before that")
+    assert "give it 5 minutes, or lower resilience.stop_before_limit_seconds" in problem
 
 
 def test_nodes_to_leave_out(tmp_path: Path) -> None:
