@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,8 @@ steps = {steps}
 global_batch_tokens = 256
 microbatch_size = 2
 sequence_length = 32
+[schedule]
+horizon_steps = 1000
 [checkpoint]
 every = 200
 [monitor]
@@ -59,6 +62,7 @@ stop_before_limit_seconds = {stop}
 """
 STOP_SECONDS = 20
 LIMIT_MINUTES = 2
+ENDLESS = 1_000_000
 WAIT_SECONDS = 420.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
 
@@ -86,9 +90,13 @@ class Case:
         self.folder.mkdir()
         self.run_dir = self.folder / "run"
         self.config = self.folder / "tiny.toml"
-        self.config.write_text(CONFIG.format(folder=folder, steps=steps, stop=STOP_SECONDS))
+        self.set_steps(steps)
         self.began = time.monotonic()
         self.job = ""
+
+    def set_steps(self, steps: int) -> None:
+        """The next start reads it."""
+        self.config.write_text(CONFIG.format(folder=self.folder.parent, steps=steps, stop=STOP_SECONDS))
 
     def submit(self, *sbatch: str) -> None:
         wishes = Wishes(nodes=2, nproc=2, env=[f"PYTHONPATH={ROOT}", f"PYTHON={sys.executable}"], cpus=1)
@@ -153,14 +161,18 @@ class Case:
         return row
 
 
-def limit(cluster: VirtualCluster, folder: Path, target: str, steps: int, undisturbed: dict[int, float]) -> Row:
-    """To the end over time limits. srun's ranks are told by Slurm, torchrun's look at the clock themselves."""
-    case = Case(cluster, folder, "limit", target, steps)
-    signal = f"USR1@{STOP_SECONDS + 15}" if target == "slurm-native" else "B:USR1@1"
-    case.submit(f"--time={LIMIT_MINUTES}", f"--signal={signal}")
+def limit(cluster: VirtualCluster, folder: Path, target: str) -> Row:
+    """Over a time limit to the end. srun's ranks are told by Slurm, torchrun's look at the clock themselves."""
+    case = Case(cluster, folder, "limit", target, ENDLESS)
+    asked = f"USR1@{STOP_SECONDS + 15}" if target == "slurm-native" else "B:USR1@1"
+    case.submit(f"--time={LIMIT_MINUTES}", f"--signal={asked}")
+    case.wait(lambda: cluster.job(case.job).get("Restarts") == "1")
+    # However fast this machine is, it shall end in its second start.
+    steps = case.status()["step"] + 100
+    case.set_steps(steps)
     state = case.wait_for_end()
     starts = int(cluster.job(case.job).get("Restarts", 0)) + 1
-    same = case.losses() == undisturbed
+    same = case.losses() == run_alone(case)
     complete = case.status().get("state") == "completed" and case.status().get("step") == steps
     stops = [event["text"] for event in _events(case.run_dir) if event["kind"] == "stop"]
     remark = f"losses {'equal to the bit' if same else 'DIFFER'}; stopped by: {'; '.join(_reasons(stops)) or 'nobody'}"
@@ -169,7 +181,7 @@ def limit(cluster: VirtualCluster, folder: Path, target: str, steps: int, undist
 
 def stop(cluster: VirtualCluster, folder: Path, target: str) -> Row:
     """To the steps under srun alone; to the batch script under torchrun, as `--signal=B:` does it."""
-    case = Case(cluster, folder, "stop", target, 1_000_000)
+    case = Case(cluster, folder, "stop", target, ENDLESS)
     case.submit("--time=60")
     case.wait_for_step(20)
     where = ["--batch"] if target == "slurm" else []
@@ -184,7 +196,7 @@ def stop(cluster: VirtualCluster, folder: Path, target: str) -> Row:
 
 def kill(cluster: VirtualCluster, folder: Path, target: str) -> Row:
     """A rank dies without a word."""
-    case = Case(cluster, folder, "kill", target, 1_000_000 if target == "slurm-native" else 1500)
+    case = Case(cluster, folder, "kill", target, ENDLESS if target == "slurm-native" else 500)
     case.submit("--time=60")
     case.wait_for_step(210)  # behind the first checkpoint
     ranks = [one for one in psutil.process_iter(["cmdline"]) if _is_rank(one.info["cmdline"] or [], case.run_dir)]
@@ -212,18 +224,16 @@ def _reasons(texts: list[str]) -> list[str]:
     return list(dict.fromkeys(text.partition(";")[0] for text in texts))
 
 
-def run_alone(folder: Path, steps: int) -> dict[int, float]:
-    """The losses of the same run on four processes, undisturbed."""
-    config = folder / "tiny.toml"
-    config.write_text(CONFIG.format(folder=folder, steps=steps, stop=STOP_SECONDS))
-    run_dir = folder / "undisturbed"
-    command = [sys.executable, "-m", "disttrain", "train", str(config), "--nproc", "4", f"run.dir={run_dir}"]
+def run_alone(case: Case) -> dict[int, float]:
+    """The losses of the same run on four processes of one machine, undisturbed."""
+    run_dir = case.folder / "undisturbed"
+    command = [sys.executable, "-m", "disttrain", "train", str(case.config), "--nproc", "4", f"run.dir={run_dir}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
-def campaign(only: str, steps: int) -> list[Row]:
+def campaign(only: str) -> list[Row]:
     rows: list[Row] = []
     # As many threads for a rank of a node with two as for one of four: bits depend on it.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
@@ -231,13 +241,12 @@ def campaign(only: str, steps: int) -> list[Row]:
         folder = Path(name)
         state = folder / "cluster"
         state.mkdir()
-        undisturbed = run_alone(folder, steps) if only in ("", "limit") else {}
         with virtual_cluster(state) as cluster:
             for target in ("slurm-native", "slurm"):
                 scenarios: dict[str, Callable[[], Row]] = {
                     "stop": lambda target=target: stop(cluster, folder, target),  # type: ignore[misc]
                     "kill": lambda target=target: kill(cluster, folder, target),  # type: ignore[misc]
-                    "limit": lambda target=target: limit(cluster, folder, target, steps, undisturbed),  # type: ignore[misc]
+                    "limit": lambda target=target: limit(cluster, folder, target),  # type: ignore[misc]
                 }
                 for scenario, run in scenarios.items():
                     if only in ("", scenario):
@@ -274,12 +283,13 @@ def write_results(rows: list[Row], version: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", choices=["limit", "stop", "kill"], help="one scenario; writes no results")
-    parser.add_argument("--steps", type=int, default=4000, help="of the runs that meet their limit")
     options = parser.parse_args()
     if problem := missing_slurm():
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    rows = campaign(options.only, options.steps)
+    # A signal must leave no jobs and no daemons behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
+    rows = campaign(options.only)
     if not options.only:
         version = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True).stdout.strip()
         write_results(rows, version)

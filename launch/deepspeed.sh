@@ -3,15 +3,15 @@
 # node, from which the others take ssh without a password. Further settings: key.path=value arguments.
 # The launcher is DeepSpeed's, the training engine is disttrain's own.
 #
-#   HOSTFILE  a line `NAME slots=2` for each node, the head first (see hostfile.example); default: hostfile
+#   HOSTFILE  a line `NAME slots=2` for each node, the head first; default: hostfile
 #
 # Written by: disttrain launch --target deepspeed.
 set -euo pipefail
 
-hostfile=${HOSTFILE:-hostfile}
 run_dir=${RUN_DIR:-runs/quickstart}
 job=${JOB_ID:-quickstart}
 port=${PORT:-$((20000 + $(cksum <<<"$job" | cut -d ' ' -f 1) % 10000))}
+hostfile=${HOSTFILE:-hostfile}
 if [[ ! -f $hostfile ]]; then
   echo "error: there is no $hostfile: write a line 'NAME slots=2' for each node, or set HOSTFILE" >&2
   exit 2

@@ -67,7 +67,13 @@ def _deepspeed(job: Job) -> dict[str, str]:
     hosts = "".join(f"node-{index} slots={job.nproc}\n" for index in range(job.nodes))
     exclude = f"--exclude {shlex.quote('@'.join(job.exclude))}" if job.exclude else ""
     values = {**_common(job), "exclude": _continued([exclude])}
-    return {"deepspeed.sh": render("deepspeed.sh", values), "hostfile.example": hosts}
+    if job.nodes == 1:
+        # With a hostfile the launcher would go to this machine over ssh too.
+        alone = {"about": "", "check": "", "hosts": f"--num_nodes 1 --num_gpus {job.nproc}"}
+        return {"deepspeed.sh": render("deepspeed.sh", values | alone)}
+    about = f"#\n#   HOSTFILE  a line `NAME slots={job.nproc}` for each node, the head first; default: hostfile"
+    several = {"about": about, "check": render("deepspeed-hostfile.sh", values), "hosts": '--hostfile "$hostfile"'}
+    return {"deepspeed.sh": render("deepspeed.sh", values | several), "hostfile.example": hosts}
 
 
 def _accelerate(job: Job) -> dict[str, str]:

@@ -53,20 +53,9 @@ class Job:
         self.script = folder / "multinode.sh"
         self.agents: list[Started] = []
 
-    def write(self, config: Path, *options: object) -> None:
-        written = disttrain(
-            "launch",
-            config,
-            "--target",
-            "torchrun",
-            "--nproc",
-            1,
-            "--output",
-            self.script,
-            *options,
-            BATCH,
-            "train.steps=60",
-        )
+    def write(self, config: Path, *options: object, steps: int = 60) -> None:
+        target = ("--target", "torchrun", "--nproc", 1, "--output", self.script)
+        written = disttrain("launch", config, *target, *options, BATCH, f"train.steps={steps}")
         assert written.code == 0, written
 
     def start(self, index: int) -> Started:
@@ -133,6 +122,22 @@ def test_a_job_goes_on_with_the_nodes_left(job: Job, config: Path, undisturbed: 
     assert [finish(job.agents[index]).code for index in (0, 1)] == [0, 0]
     assert [text[:11] for text in job.processes()] == ["3 processes", "2 processes"]
     assert job.first_losses() == pytest.approx(undisturbed, rel=1e-6)
+
+
+@pytest.mark.parametrize("job", [3], indirect=True)
+def test_a_node_that_comes_later_is_taken_in(job: Job, config: Path) -> None:
+    """The agents ask their ranks to stop, which save, and start them again with the new ones: no step is lost."""
+    job.write(config, "--nodes", 3, "--min-nodes", 2, steps=100_000)
+    for index in range(2):
+        job.start(index)
+    wait_for(lambda: bool(checkpoints(job.folder)), job.agents[0])
+    job.start(2)
+    wait_for(lambda: job.processes()[-1].startswith("3 processes"), job.agents[0])
+    (job.folder / "STOP").touch()
+    assert [finish(agent).code for agent in job.agents] == [0, 0, 0]
+    seen = [(event["kind"], event["step"]) for event in events(job.folder) if event["kind"] in ("stop", "resume")]
+    step = seen[0][1]
+    assert seen[:2] == [("stop", step), ("resume", step)]
 
 
 @pytest.mark.parametrize("job", [2], indirect=True)

@@ -2,23 +2,18 @@
 # Train @{name} on @{nodes} nodes with @{nproc} processes each, started by the deepspeed launcher over ssh: run it on one
 # node, from which the others take ssh without a password. Further settings: key.path=value arguments.
 # The launcher is DeepSpeed's, the training engine is disttrain's own.
-#
-#   HOSTFILE  a line `NAME slots=@{nproc}` for each node, the head first (see hostfile.example); default: hostfile
+@{about}
 #
 # Written by: disttrain launch --target deepspeed.
 set -euo pipefail
 
-hostfile=${HOSTFILE:-hostfile}
 run_dir=${RUN_DIR:-@{run_dir}}
 job=${JOB_ID:-@{name}}
 port=${PORT:-$((@{first_port} + $(cksum <<<"$job" | cut -d ' ' -f 1) % @{ports}))}
-if [[ ! -f $hostfile ]]; then
-  echo "error: there is no $hostfile: write a line 'NAME slots=@{nproc}' for each node, or set HOSTFILE" >&2
-  exit 2
-fi
+@{check}
 
 # --no_local_rank: ranks know themselves by LOCAL_RANK. Each of them looks for its interface before it starts.
-exec deepspeed --hostfile "$hostfile" --master_port "$port" \
+exec deepspeed @{hosts} --master_port "$port" \
   @{exclude}
   --no_local_rank --module disttrain.launching.node --wait 0 \
   "${PYTHON:-python}" -m disttrain train @{arguments} "$@" "run.dir=$run_dir"
