@@ -94,8 +94,10 @@ _BUILDERS: dict[str, Callable[[Job], dict[str, str]]] = {
 
 
 def _common(job: Job) -> dict[str, str]:
+    nodes = str(job.nodes) if job.min_nodes == job.nodes else f"{job.min_nodes} to {job.nodes}"
     return {
         "name": job.name,
+        "size": f"{_counted(nodes, 'node')} with {_counted(str(job.nproc), 'process')} each",
         "run_dir": shlex.quote(str(job.config.run_dir)),
         "nodes": str(job.nodes),
         "min_nodes": str(job.min_nodes),
@@ -108,6 +110,10 @@ def _common(job: Job) -> dict[str, str]:
         "ports": str(_PORTS),
         "arguments": " ".join(shlex.quote(one) for one in (str(job.path), *job.overrides)),
     }
+
+
+def _counted(number: str, noun: str) -> str:
+    return f"{number} {noun}" if number == "1" else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def _slurm_values(job: Job) -> dict[str, str]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train @{name} on @{nodes} nodes with @{nproc} processes each, started by the deepspeed launcher over ssh: run it on one
+# Train @{name} on @{size}, started by the deepspeed launcher over ssh: run it on one
 # node, from which the others take ssh without a password. Further settings: key.path=value arguments.
 # The launcher is DeepSpeed's, the training engine is disttrain's own.
 @{about}

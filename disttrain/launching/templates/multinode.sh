@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train @{name} on @{nnodes} nodes with @{nproc} processes each: run this same script on every node, in any order.
+# Train @{name} on @{size}: run this same script on every node, in any order.
 #
 #   HEAD=10.0.0.1 bash FILE [key.path=value ...]
 #
