@@ -46,6 +46,7 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
         )
     try:
         rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        int(environment["MASTER_PORT"])  # torch would say so with a traceback
         # The deepspeed launcher says LOCAL_SIZE.
         local_world = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world
         return Ranks(
@@ -57,7 +58,9 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
             ends_peers="CROSS_SIZE" in environment and "TORCHELASTIC_RUN_ID" not in environment,
         )
     except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be whole numbers: {error}") from error
+        raise UserError(
+            f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_PORT must be whole numbers: {error}"
+        ) from error
 
 
 _FIRST_SPECIAL_STEP = 0xFFFF_FFF0
@@ -78,20 +81,20 @@ def _slurm_ranks(environment: Mapping[str, str]) -> Ranks | None:
         node = int(environment.get("SLURM_NODEID") or 0)
         per_node = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
         job = int(environment["SLURM_JOB_ID"])
+        head = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
         port = int(environment.get("MASTER_PORT") or 20_000 + (job + step) % 10_000)
     except (KeyError, ValueError) as error:
         raise UserError(
             f"this is a step of srun, whose variables are not what Slurm sets ({error}): start with srun from sbatch "
             "or salloc, or unset SLURM_PROCID to start ranks here"
         ) from error
-    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
     return Ranks(
         rank=rank,
         world=world,
         local_rank=local_rank,
         local_world=_tasks_of_node(per_node, node) or world,
         ends_peers=True,
-        head=environment.get("MASTER_ADDR") or first_host(hosts),
+        head=head,
         port=port,
     )
 

@@ -38,6 +38,7 @@ def test_nobody_started_us(variables: dict[str, str]) -> None:
         ({"RANK": "3"}, "not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "not MASTER_ADDR, MASTER_PORT"),
         ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "whole numbers"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "b"}, "whole numbers"),
     ],
 )
 def test_half_a_launcher_is_refused(variables: dict[str, str], said: str) -> None:
@@ -130,8 +131,9 @@ def test_deepspeed_says_who_we_are() -> None:
 def test_a_broken_step_is_refused() -> None:
     with pytest.raises(UserError, match="a step of srun, whose variables are not what Slurm sets"):
         read_ranks(SRUN | {"SLURM_PROCID": "x"})
-    with pytest.raises(UserError, match="'SLURM_LOCALID'"):
-        read_ranks({name: value for name, value in SRUN.items() if name != "SLURM_LOCALID"})
+    for variable in ("SLURM_LOCALID", "SLURM_STEP_NODELIST"):
+        with pytest.raises(UserError, match=f"'{variable}'"):
+            read_ranks({name: value for name, value in SRUN.items() if name != variable})
 
 
 @pytest.mark.parametrize(
