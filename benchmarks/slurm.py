@@ -5,7 +5,7 @@ A virtual cluster of two nodes comes up on loopback and goes away again. To it g
 
 - `limit`: two nodes with two ranks each meet the time limit, save, are requeued and resume until the run is complete;
   no bit of the losses may differ from a run that nothing happened to. Once with srun starting every rank, where Slurm's
-  own signal reaches them, once with torchrun, where they look at the clock;
+  own signal reaches them, once with torchrun, where they look at the clock, or the batch script leaves them a file;
 - `stop`: USR1, as Slurm sends it, long before the limit: the run saves, and is not requeued;
 - `kill`: SIGKILL for one rank: srun's ranks all end and the job fails; torchrun starts its ranks again.
 

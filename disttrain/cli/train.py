@@ -25,6 +25,9 @@ from disttrain.resilience import RestartBudget, StopRequest, heard_signals, lost
 from disttrain.train.folder import RunFolder, State
 from disttrain.train.preflight import PreparedRun, is_complete, prepare_run
 
+AGENTS_AGREE_SECONDS = 3.0
+"""How long after one agent the last one may learn of a node that comes or goes: each looks ten times a second."""
+
 
 def train_command(
     config: Annotated[Path, typer.Argument(help="A TOML file, or the folder of a run to continue.")],
@@ -135,6 +138,10 @@ def _join(config: RunConfig, ranks: Ranks) -> int:
             _print_notes(run)
             _forget_old_wishes(run.folder)
         state = _run_rank(run, ranks)
+    if state == "preempted" and ranks.elastic and ranks.world > ranks.local_world:
+        # When nodes come or go each agent asks its own ranks to stop, and all ranks stop with the first of them. One
+        # that has left before its agent asked would be taken for done, and its node would not start again.
+        time.sleep(AGENTS_AGREE_SECONDS)
     if state != "preempted" or ranks.elastic:
         return EXIT_DONE
     # A launcher that ends the others at the first code but 0 would end those that are not done yet.
