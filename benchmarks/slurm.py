@@ -174,7 +174,8 @@ def limit(cluster: VirtualCluster, folder: Path, target: str) -> Row:
     starts = int(cluster.job(case.job).get("Restarts", 0)) + 1
     same = case.losses() == run_alone(case)
     complete = case.status().get("state") == "completed" and case.status().get("step") == steps
-    stops = [event["text"] for event in _events(case.run_dir) if event["kind"] == "stop"]
+    events = [event for event in _events(case.run_dir) if event["kind"] == "stop"]
+    stops = [event["text"].replace(str(case.run_dir), "RUN") for event in events]
     remark = f"losses {'equal to the bit' if same else 'DIFFER'}; stopped by: {'; '.join(_reasons(stops)) or 'nobody'}"
     return case.row(state == "COMPLETED" and starts > 1 and complete and same, remark)
 
