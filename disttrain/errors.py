@@ -45,3 +45,9 @@ class CorruptionError(UserError):
 
     exit_code = EXIT_FAILED
     start_again = True
+
+
+class LaunchError(UserError):
+    """A peer that does not come or cannot be reached: the cluster's doing, and trying again later may help."""
+
+    exit_code = EXIT_FAILED

@@ -25,7 +25,15 @@ FLOORS = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-READS_ENVIRONMENT = ("distributed.env", "distributed.process_group", "launching.elastic", "cli.train", "testing.")
+READS_ENVIRONMENT = (
+    "distributed.env",
+    "distributed.process_group",
+    "distributed.arrival",
+    "launching.elastic",
+    "launching.node",
+    "cli.train",
+    "testing.",
+)
 TORCH_FREE = (
     *(f"disttrain.{room}" for room in (*FLOORS[0], *FLOORS[1])),
     "disttrain.data.source",
@@ -36,6 +44,9 @@ TORCH_FREE = (
     "disttrain.checkpoint.untrusted",
     "disttrain.distributed.env",
     "disttrain.report",
+    "disttrain.launching.node",
+    "disttrain.launching.files",
+    "disttrain.launching.parent",
     "disttrain.cli.app",
 )
 IMPORTED_IN_THE_CHILD = {("disttrain.testing.process", "disttrain.testing.worker")}

@@ -13,6 +13,7 @@ from disttrain.cli.config import config_command
 from disttrain.cli.doctor import doctor_command
 from disttrain.cli.evaluate import evaluate_command
 from disttrain.cli.generate import generate_command
+from disttrain.cli.launch import launch_command
 from disttrain.cli.problems import leave_with_problems
 from disttrain.cli.report import report_command
 from disttrain.cli.train import train_command
@@ -34,6 +35,7 @@ app.command("evaluate")(evaluate_command)
 app.command("verify")(verify_command)
 app.command("doctor")(doctor_command)
 app.command("report")(report_command)
+app.command("launch")(launch_command)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 

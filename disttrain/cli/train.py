@@ -20,9 +20,13 @@ from disttrain.config import RunConfig
 from disttrain.config.load import layout_problems, load_config
 from disttrain.distributed.env import Ranks, read_ranks
 from disttrain.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_GIVE_UP, EXIT_PREEMPTED, UserError
+from disttrain.launching.parent import die_with_parent
 from disttrain.resilience import RestartBudget, StopRequest, heard_signals, lost_peers
 from disttrain.train.folder import RunFolder, State
 from disttrain.train.preflight import PreparedRun, is_complete, prepare_run
+
+AGENTS_AGREE_SECONDS = 3.0
+"""How long after one agent the last one may learn of a node that comes or goes: each looks ten times a second."""
 
 
 def train_command(
@@ -124,6 +128,8 @@ def _answer(folder: RunFolder, code: int, stop: StopRequest) -> int:
 
 def _join(config: RunConfig, ranks: Ranks) -> int:
     """Be one rank of a launcher: torchrun restarts whatever leaves with another code than 0."""
+    if ranks.elastic:
+        die_with_parent()
     with RunFolder(config.run_dir).owned() if ranks.is_first else nullcontext():
         run = prepare_run(config)
         if is_complete(config):
@@ -132,7 +138,14 @@ def _join(config: RunConfig, ranks: Ranks) -> int:
             _print_notes(run)
             _forget_old_wishes(run.folder)
         state = _run_rank(run, ranks)
-    return EXIT_PREEMPTED if state == "preempted" and not ranks.elastic else EXIT_DONE
+    if state == "preempted" and ranks.elastic and ranks.world > ranks.local_world:
+        # When nodes come or go each agent asks its own ranks to stop, and all ranks stop with the first of them. One
+        # that has left before its agent asked would be taken for done, and its node would not start again.
+        time.sleep(AGENTS_AGREE_SECONDS)
+    if state != "preempted" or ranks.elastic:
+        return EXIT_DONE
+    # A launcher that ends the others at the first code but 0 would end those that are not done yet.
+    return EXIT_DONE if ranks.ends_peers and not ranks.is_first else EXIT_PREEMPTED
 
 
 def _nothing_to_do(config: RunConfig) -> int:
@@ -177,7 +190,8 @@ def _run_rank(run: PreparedRun, ranks: Ranks, give_up: int | None = None) -> Sta
 
     try:
         device = select_device(run.config.device, ranks.local_rank)
-        with distributed(ranks, device, run.config.resilience.collective_timeout_seconds):
+        settings = run.config.resilience
+        with distributed(ranks, device, settings.collective_timeout_seconds, settings.arrival_timeout_seconds):
             return run_training(run, ranks, device)
     except UserError as error:
         _note_failure(run, ranks)

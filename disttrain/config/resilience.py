@@ -38,6 +38,8 @@ class AnomalyConfig(Section):
 class ResilienceConfig(Section):
     collective_timeout_seconds: Annotated[float, Field(gt=0, le=7 * 86_400)] = 600.0
     """How long a process waits for its peers inside one collective before it gives up."""
+    arrival_timeout_seconds: Annotated[float, Field(gt=0, le=7 * 86_400)] = 600.0
+    """How long ranks wait at the start for those that have not come, before they name them and end."""
     max_restarts: NonNegativeInt = 3
     """How often `disttrain train` starts ranks again that died or hung, without a new checkpoint in between."""
     hang_seconds: PositiveFloat = 300.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,11 @@ class Ranks:
     local_world: int = 1
     elastic: bool = False
     """An elastic agent started us: it restarts whatever leaves with another code than 0."""
+    ends_peers: bool = False
+    """Our launcher ends all ranks as soon as one leaves with another code than 0 (srun as we call it, deepspeed)."""
+    head: str = ""
+    """Where rank 0 is, if only Slurm says so; else torch reads MASTER_ADDR and MASTER_PORT itself."""
+    port: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -27,12 +33,12 @@ class Ranks:
 
 
 def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
-    """What torchrun (or a launcher that sets the same variables) says; None where no launcher started us.
+    """What torchrun (or a launcher that sets the same variables), or srun, says; None where no launcher started us.
 
     Raises UserError when only some of the variables are there or one is no number.
     """
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
-        return None
+        return _slurm_ranks(environment)
     if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environment]:
         raise UserError(
             f"the environment has some of a launcher's variables, but not {', '.join(missing)}: start with torchrun, "
@@ -40,15 +46,72 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
         )
     try:
         rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        int(environment["MASTER_PORT"])  # torch would say so with a traceback
+        # The deepspeed launcher says LOCAL_SIZE.
+        local_world = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world
         return Ranks(
             rank=rank,
             world=world,
             local_rank=int(environment.get("LOCAL_RANK", rank)),
-            local_world=int(environment.get("LOCAL_WORLD_SIZE", world)),
+            local_world=int(local_world),
             elastic="TORCHELASTIC_RUN_ID" in environment,
+            ends_peers="CROSS_SIZE" in environment and "TORCHELASTIC_RUN_ID" not in environment,
         )
     except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be whole numbers: {error}") from error
+        raise UserError(
+            f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_PORT must be whole numbers: {error}"
+        ) from error
+
+
+_FIRST_SPECIAL_STEP = 0xFFFF_FFF0
+"""Steps from here on are Slurm's own: the batch script, the shell of salloc, and such."""
+
+
+def _slurm_ranks(environment: Mapping[str, str]) -> Ranks | None:
+    """One of several tasks of an srun; None in a batch script, an interactive shell (which has ranks to start), or
+    outside Slurm."""
+    if "SLURM_PTY_PORT" in environment or "SLURM_PROCID" not in environment:
+        return None
+    try:
+        step = int(environment.get("SLURM_STEP_ID") or _FIRST_SPECIAL_STEP)
+        world = int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)
+        if step >= _FIRST_SPECIAL_STEP or world == 1:
+            return None
+        rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
+        node = int(environment.get("SLURM_NODEID") or 0)
+        per_node = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
+        job = int(environment["SLURM_JOB_ID"])
+        head = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
+        port = int(environment.get("MASTER_PORT") or 20_000 + (job + step) % 10_000)
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"this is a step of srun, whose variables are not what Slurm sets ({error}): start with srun from sbatch "
+            "or salloc, or unset SLURM_PROCID to start ranks here"
+        ) from error
+    return Ranks(
+        rank=rank,
+        world=world,
+        local_rank=local_rank,
+        local_world=_tasks_of_node(per_node, node) or world,
+        ends_peers=True,
+        head=head,
+        port=port,
+    )
+
+
+def first_host(hosts: str) -> str:
+    """Of a list as Slurm writes it: `n[03-07,9]-ib,m1` begins with n03-ib."""
+    name, inside, rest = re.match(r"([^,\[]*)(?:\[(\w+)[^]]*])?([^,\[]*)", hosts).groups()  # type: ignore[union-attr]
+    return name + (inside or "") + rest
+
+
+def _tasks_of_node(counts: str, node: int) -> int | None:
+    """`2(x3),1` is 2, 2, 2, 1."""
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
+        if node < int(times or 1):
+            return int(count)
+        node -= int(times or 1)
+    return None
 
 
 def job_end(environment: Mapping[str, str] = os.environ) -> float | None:

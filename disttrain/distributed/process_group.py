@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from disttrain.distributed.arrival import meet
 from disttrain.distributed.env import Ranks, usable_cores, visible_gpus
 from disttrain.errors import UserError
 
@@ -42,11 +43,14 @@ def default_processes(device: torch.device) -> int:
 
 
 @contextmanager
-def distributed(ranks: Ranks, device: torch.device, timeout_seconds: float) -> Iterator[None]:
+def distributed(
+    ranks: Ranks, device: torch.device, timeout_seconds: float, arrival_seconds: float | None = None
+) -> Iterator[None]:
     """The process group of the run: nccl for CUDA tensors, gloo for CPU tensors (control messages of GPU runs too).
 
-    A CPU rank computes with its share of the machine's cores. On an error the group is left alone: peers may be gone,
-    and a teardown that waits for them would hide the error.
+    `arrival_seconds` is how long to wait for ranks that have not come (default: `timeout_seconds`); LaunchError names
+    them. A CPU rank computes with its share of the machine's cores. On an error the group is left alone: peers may be
+    gone, and a teardown that waits for them would hide the error.
     """
     # torch's record of the last collectives, which tells who holds up the others when one hangs.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -56,9 +60,10 @@ def distributed(ranks: Ranks, device: torch.device, timeout_seconds: float) -> I
         torch.set_num_threads(max(1, usable_cores() // ranks.local_world))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    if ranks.world == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
+    alone = ranks.world == 1 and "MASTER_ADDR" not in os.environ
+    store = dist.HashStore() if alone else meet(ranks, arrival_seconds or timeout_seconds)
+    # Its own corner of the store, as torch does it: other groups count their keys from 0 too.
+    store = dist.PrefixStore("default_pg", store)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
     yield
     dist.destroy_process_group()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -111,6 +112,4 @@ def _serve(
     for name in prepare:
         module, _, function = name.partition(":")
         getattr(importlib.import_module(module), function)()
-    from disttrain.cli.app import main
-
-    main()
+    runpy.run_module("disttrain", run_name="__main__")

@@ -27,8 +27,8 @@ _begin_step = NativeEngine.begin_step
 
 def install() -> None:
     """In this process and in its forks."""
-    BatchLoader.microbatches = _with_faults  # type: ignore[method-assign]
-    NativeEngine.begin_step = _with_flips  # type: ignore[method-assign]
+    setattr(BatchLoader, "microbatches", _with_faults)  # noqa: B010 (mypy would not have a method replaced)
+    setattr(NativeEngine, "begin_step", _with_flips)  # noqa: B010
 
 
 def _with_faults(loader: BatchLoader, position: int, samples: int) -> list[Microbatch]:

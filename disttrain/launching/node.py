@@ -1,0 +1,138 @@
+"""`python -m disttrain.launching.node -- COMMAND`: look at the network of this node, then become the command.
+
+The scripts that `disttrain launch` writes start torchrun, or a rank, through it. No torch here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+
+from disttrain.errors import LaunchError, UserError
+from disttrain.launching.network import (
+    Route,
+    check_interface,
+    interfaces,
+    resolve,
+    somebody_listens,
+    wait_for_head,
+    way_out,
+)
+
+REACH_SECONDS = 30.0
+WAIT_SECONDS = 600.0
+_INDICES = ("SLURM_PROCID", "JOB_COMPLETION_INDEX", "PET_NODE_RANK", "SKYPILOT_NODE_RANK", "RANK")
+"""Which of the nodes (or ranks) we are, as the scheduler says it; the first one hosts the meeting point."""
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Never returns: the process becomes the command, or leaves with what is wrong (2, or 1 for a head that is not
+    there)."""
+    options = _options(arguments)
+    try:
+        changes = prepare(options, os.environ)
+        program = shutil.which(options.command[0])
+        if program is None:
+            raise UserError(
+                f"{options.command[0]}: no such program on {socket.gethostname()}; is the environment active?"
+            )
+    except UserError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    os.execve(program, options.command, {**os.environ, **changes})
+
+
+def prepare(options: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables to add for the command. Raises UserError (a bad setting) or LaunchError (a head that is not there)."""
+    head, port = _endpoint(options, environment)
+    address = resolve(head, options.reach)
+    route = _own_end(options, environment, head, address)
+    first = _is_first(environment, address)
+    if first:
+        _check_port(route.address, port)
+    else:
+        wait_for_head(address, port, options.reach, options.wait, _say)
+    names = {variable: environment.get(variable) or route.interface for variable in _INTERFACE_VARIABLES}
+    return {
+        **{variable: name for variable, name in names.items() if name},
+        # torchrun reads its options from PET_*: a command line that says otherwise goes before.
+        "PET_RDZV_ENDPOINT": f"{head}:{port}",
+        "PET_LOCAL_ADDR": route.address,
+        "PET_RDZV_CONF": ",".join(filter(None, (f"is_host={int(first)}", environment.get("PET_RDZV_CONF")))),
+        "MASTER_ADDR": head,
+        "MASTER_PORT": str(port),
+        # With one store for all attempts, ranks that were started again look for those that died.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **({"PET_SHUTDOWN_TIMEOUT": str(options.stop)} if options.stop else {}),
+    }
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m disttrain.launching.node", description=__doc__)
+    parser.add_argument("--head", help="name or address of the first node; else PET_RDZV_ENDPOINT or *_MASTER_ADDR")
+    parser.add_argument("--port", type=int, help="where the meeting point listens; the same on all nodes")
+    parser.add_argument("--interface", help="network interface; else the one on the route to the head")
+    parser.add_argument("--reach", type=float, default=REACH_SECONDS, help="seconds for the head's machine to answer")
+    parser.add_argument(
+        "--wait", type=float, default=WAIT_SECONDS, help="seconds for the job there to listen; 0: do not"
+    )
+    parser.add_argument("--stop", type=int, help="seconds that ranks may take to stop; torchrun's own are 30")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to become")
+    options = parser.parse_args(arguments)
+    options.command = options.command[options.command[:1] == ["--"] :]
+    if not options.command:
+        parser.error("no command to become: python -m disttrain.launching.node [options] -- COMMAND ...")
+    return options
+
+
+def _endpoint(options: argparse.Namespace, environment: Mapping[str, str]) -> tuple[str, int]:
+    host, _, port = environment.get("PET_RDZV_ENDPOINT", "").rpartition(":")
+    head = options.head or host or environment.get("PET_MASTER_ADDR") or environment.get("MASTER_ADDR")
+    number = options.port or port or environment.get("PET_MASTER_PORT") or environment.get("MASTER_PORT")
+    if not head or not number:
+        raise UserError(
+            "where is the head? give --head and --port, or set PET_RDZV_ENDPOINT or MASTER_ADDR and MASTER_PORT"
+        )
+    if not str(number).isdigit() or not 0 < int(number) < 1 << 16:
+        raise UserError(f"port {number!r}: must be a number from 1 to 65535")
+    return head, int(number)
+
+
+def _own_end(options: argparse.Namespace, environment: Mapping[str, str], head: str, address: str) -> Route:
+    chosen = {"--interface": options.interface, "GLOO_SOCKET_IFNAME": environment.get("GLOO_SOCKET_IFNAME")}
+    said = next(((by, name) for by, name in chosen.items() if name), None)
+    return check_interface(said[1], said[0]) if said else way_out(head, address)
+
+
+def _is_first(environment: Mapping[str, str], address: str) -> bool:
+    """By the scheduler's number where there is one, else by whose address the head's is."""
+    index = next((environment[name] for name in _INDICES if name in environment), None)
+    if index is not None:
+        return index == "0"
+    return address.startswith("127.") or any(address in own for own in interfaces().values())
+
+
+def _check_port(address: str, port: int) -> None:
+    """Two jobs on one head would meet each other in place of their own."""
+    try:
+        taken = somebody_listens(address, port)
+    except OSError as error:
+        raise LaunchError(f"the head cannot reach itself at {address}:{port} ({error.strerror}): is it up?") from None
+    if taken:
+        raise UserError(
+            f"port {port} on the head {socket.gethostname()} ({address}) is in use: another job, or what is left of "
+            f"one, listens there (`ss -ltnp 'sport = :{port}'` names it); end it, or give this job another id or port"
+        )
+
+
+def _say(text: str) -> None:
+    print(f"{socket.gethostname()}: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
