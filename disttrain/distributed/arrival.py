@@ -59,7 +59,9 @@ def _open_store(ranks: Ranks, timeout_seconds: float) -> dist.Store:
             f"rank 0 of {ranks.world} has not arrived: nobody listens at {place} after {timeout_seconds:.0f} s as seen "
             f"from {socket.gethostname()}; look at its log, and whether MASTER_ADDR is its address"
         ) from None
-    return store
+    # An agent keeps its store over restarts: what dead ranks left there must not be found.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"/worker/attempt_{attempt}", store) if agent_listens else store
 
 
 def _who_is_missing(store: dist.Store, ranks: Ranks, timeout_seconds: float) -> str:

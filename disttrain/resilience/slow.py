@@ -52,6 +52,8 @@ class SlowRanks:
 
     def look(self, steps: Sequence[Sequence[float]]) -> list[str]:
         """What is new after `steps` more, [steps][ranks] in seconds."""
+        if not steps or len(steps[0]) < 2:
+            return []
         self._steps.extend(steps)
         history = list(self._steps)
         slow = slow_ranks(history, self.least_factor, self.least_seconds)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.helpers import TORCH_WAS_IMPORTED, Ended, disttrain, environment
+from tests.cli.helpers import NO_TORCH, TORCH_WAS_IMPORTED, Ended, disttrain, environment
 
 TINY = """
 device = "cpu"
@@ -52,7 +52,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def no_torch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which the first import of torch ends the process with a code of its own."""
-    folder = tmp_path_factory.mktemp("no_torch")
+    folder = tmp_path_factory.mktemp(NO_TORCH)
     (folder / "torch.py").write_text(f"import os\nos._exit({TORCH_WAS_IMPORTED})\n")
     plain = environment()
     return plain | {"PYTHONPATH": f"{folder}:{plain['PYTHONPATH']}"}

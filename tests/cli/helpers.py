@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,9 +16,13 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from disttrain.testing.commands import Command
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 120.0
 TORCH_WAS_IMPORTED = 99
+NO_TORCH = "no_torch"
+"""Part of the path in which the fixture of that name puts a torch that ends the process."""
 TRAIN = (sys.executable, "-m", "disttrain", "train")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -70,7 +75,17 @@ def run(*command: object, env: Mapping[str, str] | None = None) -> Ended:
 
 
 def disttrain(*arguments: object, env: Mapping[str, str] | None = None) -> Ended:
-    return run(sys.executable, "-m", "disttrain", *arguments, env=env)
+    """`python -m disttrain`, in a fork of a process that has imported torch, unless `env` is made of `no_torch`."""
+    env = env or environment()
+    if NO_TORCH in env["PYTHONPATH"]:
+        return run(sys.executable, "-m", "disttrain", *arguments, env=env)
+    with tempfile.TemporaryDirectory(prefix="command-") as folder:
+        command = Command([str(argument) for argument in arguments], Path(folder), env)
+        try:
+            out, err = command.communicate(TIMEOUT_SECONDS)
+        finally:
+            command.end()
+        return Ended(command.returncode or 0, out, err)
 
 
 def refused(ended: Ended) -> list[str]:

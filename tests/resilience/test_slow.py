@@ -83,6 +83,10 @@ def test_less_than_a_millisecond_is_nothing() -> None:
     assert slow_ranks([[0.00001, 0.000015]] * 20, 1.1, least_seconds=0.0) == {1: pytest.approx(1.5)}
 
 
+def test_one_rank_has_nobody_to_be_compared_with() -> None:
+    assert told(trace(random.Random(0), 50, 1, 0.02), 1) == {}
+
+
 def test_too_little_to_say() -> None:
     assert slow_ranks([], 1.1) == {}
     assert slow_ranks([[0.1, 0.3]] * 19, 1.1) == {}
