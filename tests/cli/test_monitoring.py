@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -22,6 +23,9 @@ from tests.cli.helpers import (
     refused,
     rows,
     started,
+)
+from tests.cli.helpers import (
+    run as run_process,
 )
 
 
@@ -175,7 +179,8 @@ def test_a_package_that_is_not_there(config: Path, tmp_path: Path) -> None:
     plain = environment()
     env = plain | {"PYTHONPATH": f"{hook.parent}:{plain['PYTHONPATH']}"}
     run = (config, f"run.dir={tmp_path / 'run'}", "monitor.wandb.mode=online", "monitor.tensorboard.enabled=true")
-    lines = refused(disttrain("train", *run, env=env))
+    # A process of its own: forks do not run sitecustomize.
+    lines = refused(run_process(sys.executable, "-m", "disttrain", "train", *run, env=env))
     assert ["pip install 'disttrain[wandb]'" in lines[0], "pip install 'disttrain[tensorboard]'" in lines[1]] == [
         True
     ] * 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from disttrain.distributed.env import Ranks
-from disttrain.monitor import MetricBuffer, ProcessUse, StepProfiler, build_clock
+from disttrain.monitor import MetricBuffer, ProcessUse, StepProfiler, build_clock, build_probe
 from disttrain.monitor.clock import EventClock
 
 pytestmark = pytest.mark.gpu
@@ -74,3 +74,12 @@ def test_a_profile_has_kernels_and_memory(tmp_path: Path) -> None:
     assert any("gemm" in row["name"].lower() or "cutlass" in row["name"].lower() for row in summary["operators"])
     assert (tmp_path / "memory-0.pickle").stat().st_size > 0
     assert lines
+
+
+def test_a_device_is_timed_by_a_small_piece_of_work() -> None:
+    probe = build_probe(torch.device("cuda"))
+    assert probe is not None
+    probe.seconds()
+    seconds = probe.seconds()
+    assert len(seconds) == 16
+    assert all(0 < second < 0.1 for second in seconds)
