@@ -22,8 +22,8 @@ that save it, or lets the disk run full; then a fresh reader loads. Expected of
 
 `soak`, an hour: a fault a minute in one run, which ends with the weights and optimizer state of a clean run.
 
-Writes results/{checkpoint,run,soak}_faults.json and .md, with --quick only where --json says. Exits 1 when a trial
-fails.
+Writes results/{checkpoint,run,soak}_faults.json and .md, with --quick or when a trial fails only where --json
+says. Exits 1 when one fails.
 """
 
 from __future__ import annotations
@@ -144,12 +144,14 @@ def main() -> int:
         speed = measure(megabytes=20 if options.quick else 200, rounds=2 if options.quick else 9)
     command = f"python benchmarks/faults.py {options.what}{' --quick' * options.quick} --seed {options.seed}"
     report = {"command": command, "torch": torch.__version__, "faults": [vars(row) for row in rows], "speed": speed}
-    path = options.json or (None if options.quick else RESULTS / f"{options.what.removesuffix('s')}_faults.json")
+    failed = any(row.passed < row.trials or row.failures for row in rows)
+    kept = RESULTS / f"{options.what.removesuffix('s')}_faults.json"
+    path = options.json or (None if options.quick or failed else kept)
     if path:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
     print(markdown(report))
-    return int(any(row.passed < row.trials or row.failures for row in rows))
+    return int(failed)
 
 
 if __name__ == "__main__":

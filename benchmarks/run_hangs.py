@@ -1,4 +1,4 @@
-"""The trials behind `benchmarks/faults.py run` whose ranks die one by one, hang, or lose numbers; and the soak."""
+"""The trials behind `benchmarks/faults.py run` whose ranks die one by one, hang, or lose numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from disttrain.models import GPT_PLAN
 from disttrain.optim import build_optimizer
 from disttrain.testing import RankPool
 from disttrain.testing.bad_numbers import Fault
-from disttrain.testing.commands import wait_until
+from disttrain.testing.commands import Command, wait_until
 from disttrain.train.build import build_model
 from disttrain.train.replica_check import ReplicaCheck
 from disttrain.train.step import train_step
@@ -43,6 +43,7 @@ def dead_ranks(home: Path, trials: int, rng: random.Random) -> Row:
         for index in range(trials):
             problem = "" if trial.wait_for_training(moment) else f"no training: {trial.said()}"
             time.sleep(rng.uniform(0.0, 1.0))
+            wait_until(lambda: len(command.ranks()) == trial.nproc, PATIENCE_SECONDS)
             restarts, ranks, moment = len(trial.events("restart")), command.ranks(), time.time()
             victim = rng.choice(ranks)
             victim.kill()
@@ -61,8 +62,7 @@ def dead_ranks(home: Path, trials: int, rng: random.Random) -> Row:
             row.counts["within 15 s again"] += took <= AGAIN_SECONDS
             if command.poll() is not None:
                 break
-        (trial.folder / "STOP").touch()
-        command.wait(PATIENCE_SECONDS)
+        _end(row, trial, command, moment)
         if command.session():
             row.failures.append(f"left over: {command.session()}")
     finally:
@@ -85,8 +85,10 @@ def _strangers(command: Any) -> str:
 def hung_ranks(home: Path, trials: int, rng: random.Random) -> Row:
     """Stopped, in an endless loop, or in a collective that nobody else calls: named, ended, started again."""
     row = Row("a hung rank")
-    trial = Trial(home / "hung")
-    command = trial.start("train.microbatch_size=1")
+    # Three ranks: of two in different collectives nobody can say which is right.
+    settings = ("train.microbatch_size=1", "train.global_batch_tokens=384", "checkpoint.every=2")
+    trial = Trial(home / "hung", settings, nproc=3)
+    command = trial.start()
     try:
         moment = 0.0
         for index in range(trials):
@@ -94,7 +96,7 @@ def hung_ranks(home: Path, trials: int, rng: random.Random) -> Row:
                 row.add(f"trial {index}", f"no training: {trial.said()}")
                 break
             time.sleep(rng.uniform(0.0, 0.5))
-            how, rank, moment = ("stopped", "hang", "disorder")[index % 3], rng.randrange(2), time.time()
+            how, rank, moment = ("stopped", "hang", "disorder")[index % 3], rng.randrange(3), time.time()
             told = len(trial.events("hang"))
             if how == "stopped":
                 command.ranks()[rank].send_signal(signal.SIGSTOP)
@@ -102,20 +104,28 @@ def hung_ranks(home: Path, trials: int, rng: random.Random) -> Row:
                 (trial.home / f"{how}-{rank}").touch()
             ended = wait_until(lambda n=told: len(trial.events("hang")) > n or command.poll() is not None, 60.0)
             said = trial.events("hang")[told:]
-            named = bool(said) and re.search(rf"rank {rank}\b", said[-1]["text"]) is not None
+            blamed = rf": (ranks are in different collectives: )?rank {rank} (on|of 3 does not answer)"
+            named = bool(said) and re.search(blamed, said[-1]["text"]) is not None
             row.counts[how] += 1
             row.add(f"{how}, rank {rank}", "" if ended and named else f"said {said}, {trial.said()}")
-        trial.wait_for_training(moment)
-        (trial.folder / "STOP").touch()
-        command.wait(PATIENCE_SECONDS)
+        _end(row, trial, command, moment)
     finally:
         command.end()
     steps = trial.status()["step"]
-    reference = undisturbed(home / "hung-undisturbed", ("train.microbatch_size=1",), steps)
+    reference = undisturbed(home / "hung-undisturbed", settings, steps, nproc=3)
     if problem := compare(trial, reference.losses(), steps):
         row.failures.append(f"the trace of all hangs together: {problem}")
         row.passed = 0
     return row
+
+
+def _end(row: Row, trial: Trial, command: Command, moment: float) -> None:
+    """After the last fault it trains again, and stops as it is asked to."""
+    again = trial.wait_for_training(moment)
+    (trial.folder / "STOP").touch()
+    if (code := command.wait(PATIENCE_SECONDS)) != 75 or not again:
+        row.failures.append(f"at the end: training again {again}, exit code {code}: {trial.said()}")
+        row.passed = 0
 
 
 def bad_numbers(home: Path, pool: RankPool, trials: int, rng: random.Random) -> list[Row]:
@@ -131,7 +141,7 @@ def bad_numbers(home: Path, pool: RankPool, trials: int, rng: random.Random) -> 
             world = 4 if layout[0] == "hsdp" else 2
             folder = home / "bad" / f"{where}-{value}-{index}"
             fault = Fault(step, rng.randrange(world), where, value)  # type: ignore[arg-type]
-            settings = (f"parallel.strategy={layout[0]}", *layout[1:], f"run.dir={folder}", "train.steps=32")
+            settings = (f"parallel.strategy={layout[0]}", *layout[1:], f"run.dir={folder}", "train.steps=45")
             judge = ("resilience.anomaly.warmup_steps=8", "resilience.anomaly.window_steps=16")
             ended = pool.run(
                 "disttrain.testing.bad_numbers:spoilt_run",
@@ -187,8 +197,10 @@ def _skipped_once(folder: Path, ended: list[Any], step: int, world: int, where: 
     if ended != [("completed", [])] * world:
         return f"{ended}"
     if where == "parameter" and value == "spike":
-        # It stays until the rollback: each step until then is bad too.
-        return "" if skipped[:1] == [step] else f"skipped {skipped}"
+        # It stays until the rollback: the steps until then are bad too, and none after it.
+        told = [event["kind"] for event in trial.lines("events.jsonl") if event["kind"] in ("skipped", "rollback")]
+        bad = list(range(step, step + len(skipped)))
+        return "" if skipped == bad and told == ["skipped"] * len(bad) + ["rollback"] else f"{skipped}, {told}"
     if skipped != [step] or rollbacks != (where == "parameter"):
         return f"skipped {skipped}, {rollbacks} rollbacks"
     return ""

@@ -1,4 +1,4 @@
-"""The soak of `benchmarks/faults.py run`: one run, a fault a minute, and the weights that it ends with."""
+"""The trial behind `benchmarks/faults.py soak`: one run, a fault a minute, and the weights that it ends with."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def _inflict(trial: Trial, command: Command, fault: str, rng: random.Random) -> 
             (trial.folder / "STOP").touch()
         else:
             command.send_signal(signal.SIGKILL if fault == "launcher" else signal.SIGTERM)
-        command.wait(PATIENCE_SECONDS)
+        if command.wait(PATIENCE_SECONDS) != (-signal.SIGKILL if fault == "launcher" else 75):
+            raise RuntimeError(f"{fault}: exit code {command.returncode}: {trial.said()}")
         wait_until(lambda: not command.session(), PATIENCE_SECONDS)
         return trial.start()
     return command
@@ -94,6 +95,8 @@ def _inflict(trial: Trial, command: Command, fault: str, rng: random.Random) -> 
 def _saved_equal(trial: Trial, clean: Trial, step: int) -> bool:
     places = [one.folder / "checkpoints" / f"step-{step:08d}" for one in (trial, clean)]
     files = [sorted(path.name for path in place.glob("*.safetensors")) for place in places]
-    return files[0] == files[1] and all(
-        same_bits(load_file(places[0] / name), load_file(places[1] / name)) for name in files[0]
+    return (
+        bool(files[0])
+        and files[0] == files[1]
+        and all(same_bits(load_file(places[0] / name), load_file(places[1] / name)) for name in files[0])
     )

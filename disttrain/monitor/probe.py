@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from statistics import median
 
 import torch
 
-_SIZE = 2048
+_SIZE = 4096
 _TIMES = 16
 
 
@@ -17,8 +18,8 @@ class DeviceProbe:
         self._factor = torch.ones(_SIZE, _SIZE, device=device, dtype=torch.bfloat16)
         self._product = torch.empty_like(self._factor)
 
-    def seconds(self) -> list[float]:
-        """Of each of 16 matrix products, a few milliseconds together. Waits for the device."""
+    def seconds(self) -> float:
+        """Of a matrix product, the median of 16, some milliseconds together. Waits for the device."""
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(_TIMES + 1)]
         torch.mm(self._factor, self._factor, out=self._product)  # it may have been idle, and slow to wake
         for index, mark in enumerate(marks):
@@ -26,7 +27,7 @@ class DeviceProbe:
             if index < _TIMES:
                 torch.mm(self._factor, self._factor, out=self._product)
         torch.cuda.synchronize(self._factor.device)
-        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
+        return median(before.elapsed_time(after) for before, after in pairwise(marks)) / 1e3
 
 
 def build_probe(device: torch.device) -> DeviceProbe | None:

@@ -89,6 +89,11 @@ def accuse(found: Mapping[int, Whereabouts], world: int) -> str:
     entered = {rank: name for rank, (_, name) in known.items()}
     if len(set(entered.values())) > 1:
         common = max(sorted(set(entered.values())), key=list(entered.values()).count)
+        if 2 * list(entered.values()).count(common) <= len(entered):
+            each = "; ".join(
+                f"rank {rank} on {found[rank].host} in {name}" for rank, name in sorted(entered.items())[:4]
+            )
+            return f"{head}ranks are in different collectives, none in that of a majority: {each}"
         odd = min(rank for rank, name in entered.items() if name != common)
         return (
             f"{head}ranks are in different collectives: rank {odd} on {found[odd].host} in {entered[odd]}, others in "

@@ -12,7 +12,7 @@ WINDOWS = (10, 20, 64)
 """Steps: short ones find a rank soon, long ones where times vary much."""
 _LEAST_STEPS = 20
 _CERTAIN = 4.5
-"""Standard errors of the median: thousands of windows of many ranks must pass without an alarm."""
+"""Standard errors of the median, if steps are independent: thousands of windows of many ranks must pass unnoticed."""
 LEAST_SECONDS = 1e-3
 """Below that per step it is the operating system, not a rank."""
 

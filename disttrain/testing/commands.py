@@ -77,6 +77,7 @@ class Command:
 
     def end(self) -> None:
         """Kill all of it that is left."""
+        self._process.kill()  # it may not have a session of its own yet
         for process in self.session():
             with suppress(psutil.NoSuchProcess):
                 process.kill()

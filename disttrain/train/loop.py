@@ -76,11 +76,11 @@ class TrainingLoop:
             step, last = self.position.step, self.position.step >= self.total_steps
             # Not in a row of bad steps: what is kept from before it must not give way.
             saving = (self.checkpoints.due(step) and not self.recovery.in_row) or last or stopping
-            self._compare_replicas(saving)
             # Before the checkpoint: a run that is cut short in the evaluation does it again when it resumes.
             if step % self.config.monitor.evaluate_every == 0 or last:
                 self._evaluate()
             self.patience.enter("saving", step)
+            self._compare_replicas(saving)
             if saving:
                 self._save(last=last or stopping)
             if stopping and not last:
@@ -138,7 +138,9 @@ class TrainingLoop:
 
     def _compare_replicas(self, saving: bool) -> None:
         if self.replicas.between_steps(self.position.step, saving):
-            with self.run_time.lost_to("comparison"):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # the step that is under way is no part of it
+            with self.run_time.lost_within("comparison"):
                 self.replicas.dist_compare(self.position.step)
 
     def _answer(self, seen: list[BadStep | None]) -> None:

@@ -151,7 +151,7 @@ class Measurements:
         self.metrics.add("own_step_seconds", sum(steps), self._steps)
         self.metrics.add("step_seconds_histogram", torch.tensor(steps))
         # What a GPU's events measure holds its waits for others: there only a probe tells who is slow.
-        self.metrics.add("own_work_seconds", torch.tensor(self.probe.seconds() if self.probe else steps))
+        self.metrics.add("own_work_seconds", torch.tensor([self.probe.seconds()] if self.probe else steps))
         for name, value in self.use.look().items():
             self.metrics.add(name, value)
         return self.metrics.reduce()

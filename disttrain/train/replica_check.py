@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from disttrain.config import RunConfig
 from disttrain.distributed.collectives import dist_all_gather_rows
 from disttrain.errors import CorruptionError
-from disttrain.parallel.replicas import held_within_steps, odd_ones, replica_groups, weight_sums
+from disttrain.parallel.replicas import held_within_steps, odd_ones, replica_groups, total_sum, weight_sums
 
 _SHOWN = 5
 _HOST_BYTES = 64
 
 
 class ReplicaCheck:
-    """Every `resilience.compare_replicas_every` steps, and before every checkpoint, so that none holds such weights."""
+    """Every `resilience.compare_replicas_every` steps, and before a checkpoint where copies last longer than a step."""
 
     def __init__(self, config: RunConfig, gpt: nn.Module, world: int) -> None:
         self.every, self.module = config.resilience.compare_replicas_every, gpt
@@ -38,22 +38,24 @@ class ReplicaCheck:
         Raises CorruptionError on every rank, naming ranks and parameters.
         """
         sums = weight_sums(self.module.parameters()) if sums is None else sums
-        totals = dist_all_gather_rows(sums.sum().reshape(1)).flatten().tolist()
+        totals = dist_all_gather_rows(total_sum(sums).reshape(1)).flatten().tolist()
         outvoted, undecided = odd_ones(totals, self.groups)
         if not outvoted and not undecided:
             return
-        odd = outvoted or undecided
         rows, hosts = dist_all_gather_rows(sums), _dist_hosts(sums.device)
-        who = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in odd[:_SHOWN])
-        where = ", ".join(self._different(rows, odd)[:_SHOWN])
-        verdict = (
-            f"{who} holds other weights than its copies ({where}), which outvote it"
-            if outvoted
-            else f"{who} hold different weights ({where}), and two cannot tell which of them is right"
-        )
+        found = [
+            f"{_listed([f'rank {r} on {hosts[r]}' for r in odd])}: {_listed(self._different(rows, odd))} {what}"
+            for odd, what in (
+                (outvoted, "not as on the other ranks that hold the same, which are more"),
+                (undecided, "not the same on all of them, and no majority tells which is right"),
+            )
+            if odd
+        ]
+        compared = "" if self.within_steps else ", before which all copies were compared"
         raise CorruptionError(
-            f"step {step}: {verdict}: memory or a link has changed bits. Starting again resumes from the newest "
-            "checkpoint, before which all copies were compared; if it comes back, leave that machine out"
+            f"step {step}: weights that should be equal are not. {'; '.join(found)}. Memory or a link has changed "
+            "bits, or ranks compute on unlike hardware (then resilience.compare_replicas_every = 0 turns this off). "
+            f"Starting again resumes from the newest checkpoint{compared}; if it comes back, leave that machine out"
         )
 
     def _different(self, rows: Tensor, odd: list[int]) -> list[str]:
@@ -62,6 +64,11 @@ class ReplicaCheck:
         differs = torch.stack([(rows[group] != rows[group[0]]).any(0) for group in groups]).any(0).tolist()
         names = [name for name, _ in self.module.named_parameters()]
         return [name for name, different in zip(names, differs, strict=True) if different]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _dist_hosts(device: torch.device) -> list[str]:

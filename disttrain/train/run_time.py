@@ -62,6 +62,17 @@ class RunTime:
             self._mark = time.perf_counter()
             self._lose(cause, self._mark - began)
 
+    @contextmanager
+    def lost_within(self, cause: str) -> Iterator[None]:
+        """This very time and no more; what came before it since the last step belongs to the next one."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - began
+            self._mark += seconds
+            self._lose(cause, seconds)
+
     @property
     def wall_seconds(self) -> float:
         """Since the first start; within one by a clock that nobody sets."""

@@ -11,7 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from disttrain.testing.commands import Command, wait_until
 from tests.cli.helpers import (
+    TIMEOUT_SECONDS,
     TRAIN,
     checkpoints,
     disttrain,
@@ -126,6 +128,27 @@ def test_an_endless_loop_is_named_with_its_place(config: Path, tmp_path: Path) -
         r"rank 1 on \S+ \(process \d+\) has entered \d+ collectives, the others \d+; it is in ", hang["text"]
     )
     assert "mine.py" in hang["text"]
+
+
+def test_flipped_bits_start_the_run_again(config: Path, undisturbed: dict[int, float], tmp_path: Path) -> None:
+    """A weight of one ddp rank changes by itself: the run ends, and goes on from the last checkpoint."""
+    folder = tmp_path / "run"
+    run = ["train", str(config), "--nproc", "2", f"run.dir={folder}", *FEW, "parallel.strategy=ddp"]
+    env = environment(FAULTS=str(tmp_path))
+    injection = ("disttrain.testing.injection:install",)
+    command = Command([*run, "resilience.compare_replicas_every=5"], tmp_path, env, injection)
+    try:
+        assert wait_until(lambda: len(checkpoints(folder)) > 1, TIMEOUT_SECONDS)
+        (tmp_path / "flip-1").touch()
+        out, err = command.communicate(TIMEOUT_SECONDS)
+    finally:
+        command.end()
+    assert command.returncode == 0, (out, err)
+    assert re.search(r"error: step \d+: weights that should be equal are not\. rank 0 on \S+, rank 1 on \S+: ", err)
+    assert "Traceback" not in err
+    assert out.count("starting again from step") == 1
+    assert losses(folder) == pytest.approx(undisturbed, rel=1e-5)  # of fsdp
+    assert not (tmp_path / "flip-1").exists()
 
 
 def test_the_budget_of_restarts_ends(config: Path, tmp_path: Path) -> None:

@@ -80,6 +80,4 @@ def test_a_device_is_timed_by_a_small_piece_of_work() -> None:
     probe = build_probe(torch.device("cuda"))
     assert probe is not None
     probe.seconds()
-    seconds = probe.seconds()
-    assert len(seconds) == 16
-    assert all(0 < second < 0.1 for second in seconds)
+    assert 0 < probe.seconds() < 0.1

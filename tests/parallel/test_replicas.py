@@ -7,7 +7,7 @@ import torch
 
 from disttrain.config import ParallelDims
 from disttrain.config.parallel import ParallelConfig
-from disttrain.parallel.replicas import odd_ones, replica_groups, weight_sums
+from disttrain.parallel.replicas import odd_ones, replica_groups, total_sum, weight_sums
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -25,6 +25,20 @@ def test_every_bit_counts(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
             value.bitwise_xor_(mask)
     assert weight_sums([tensor]) == before
     assert torch.equal(weight_sums([tensor, tensor.clone()]), before.repeat(2))
+
+
+def test_more_than_one_bit() -> None:
+    """The same bit of two numbers in different rows, also the sign; rows and parameters that change places."""
+    one = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
+    for bit in (0, 16, 30, 31):
+        other = one.clone()
+        for index in (1, 20_001):
+            other.view(torch.int32)[index] ^= -(2**31) if bit == 31 else 1 << bit
+        assert weight_sums([other]) != weight_sums([one])
+    moved = one.view(5, -1)[[1, 0, 2, 3, 4]]
+    assert weight_sums([moved]) != weight_sums([one])
+    pair = weight_sums([one, moved])
+    assert total_sum(pair) != total_sum(pair.flip(0))
 
 
 def test_a_view_has_the_sum_of_its_copy() -> None:
