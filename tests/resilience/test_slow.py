@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +63,30 @@ def test_a_fifth_slower_is_named_within_twenty_steps(world: int, noise: float, e
         assert since < step <= since + 20
         (line,) = lines[step]
         assert line.startswith(f"rank {rank} is slow: its own work takes 1.")
+
+
+RECORDED: list[list[float]] = json.loads(Path(__file__).with_name("recorded_seconds.json").read_text())
+"""`own_step_seconds` of each of four ranks (`monitor.rank_metrics`) in 1,000 steps on two cores that also had other work:
+the ranks differ by a tenth from step to step."""
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_recorded_steps_raise_no_alarm(every: int) -> None:
+    assert told(iter(RECORDED), every) == {}
+
+
+@pytest.mark.parametrize(("factor", "within_twenty"), [(1.2, 0.8), (1.4, 1.0)])
+def test_recorded_steps_with_a_rank_made_slower(factor: float, within_twenty: float) -> None:
+    """With that much noise a fifth is found in twenty steps as a rule, in sixty always; two fifths always."""
+    after = []
+    for since, rank in itertools.product(range(100, 900, 37), range(4)):
+        rows = [[*row[:rank], factor * row[rank], *row[rank + 1 :]] for row in RECORDED[since : since + 60]]
+        lines = told(iter([*RECORDED[since - 64 : since], *rows]), 1)
+        step, said = next(iter(lines.items()))
+        assert said[0].startswith(f"rank {rank} is slow")
+        after.append(step - 64)
+    assert max(after) <= 60
+    assert sum(steps <= 20 for steps in after) >= within_twenty * len(after)
 
 
 def test_one_that_recovers_is_told() -> None:
