@@ -66,7 +66,7 @@ def test_a_fifth_slower_is_named_within_twenty_steps(world: int, noise: float, e
 
 
 RECORDED: list[list[float]] = json.loads(Path(__file__).with_name("recorded_seconds.json").read_text())
-"""`own_step_seconds` of each of four ranks (`monitor.rank_metrics`) in 1,000 steps on two cores that also had other work:
+"""`own_step_seconds` of each of four ranks (`monitor.rank_metrics`) in 1,000 steps on two cores with other work:
 the ranks differ by a tenth from step to step."""
 
 
