@@ -77,3 +77,16 @@ def test_a_port_that_another_job_has(port: int) -> None:
         meet(Ranks(0, 2, 0, 2), timeout_seconds=5)
     assert str(caught.value).startswith(f"rank 0 cannot listen at 127.0.0.1:{port}: the port is in use")
     assert not isinstance(caught.value, LaunchError)
+
+
+def test_what_an_earlier_start_left_in_an_agents_store_is_not_found(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent's store outlives its ranks: those of a second start wait for each other, not for the dead."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    agent = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    both = on_nodes(0, 1, world=2, local_world=2)
+    assert all(isinstance(store, dist.Store) for store in in_threads(both, timeout_seconds=30).values())
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    alone = in_threads(both[:1], timeout_seconds=1)
+    assert str(alone[0]).startswith(f"rank 1 ({socket.gethostname()}) of 2 has not arrived")
+    assert all(isinstance(store, dist.Store) for store in in_threads(both, timeout_seconds=30).values())
+    del agent

@@ -40,6 +40,15 @@ def test_a_rank_in_another_collective() -> None:
     assert "rank 2 on box in gloo:broadcast, others in gloo:all_reduce" in accuse(found, 3)
 
 
+def test_ranks_in_two_collectives_without_a_majority() -> None:
+    """Nobody can say which is right: both are told, whatever the names sort like."""
+    text = accuse(ranks((50, "gloo:all_reduce"), (50, "gloo:all_gather")), 2)
+    assert text.endswith(
+        "ranks are in different collectives, none in that of a majority: rank 0 on box in gloo:all_reduce; "
+        "rank 1 on box in gloo:all_gather"
+    )
+
+
 def test_without_a_record_places_are_told() -> None:
     assert "nobody is behind as far as can be seen; rank 0 in File" in accuse(ranks(None, (3, "x")), 2)
 
