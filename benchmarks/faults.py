@@ -62,7 +62,7 @@ from disttrain.testing.checkpoints import LARGE_ROWS, OTHER_RUN, SMALL_ROWS
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def campaign(quick: bool, seed: int) -> Iterator[Row]:
+def campaign(quick: bool, seed: int, only: str) -> Iterator[Row]:
     """Every kind of fault, a row each as soon as it is counted."""
 
     def count(trials: int) -> int:
@@ -85,8 +85,11 @@ def campaign(quick: bool, seed: int) -> Iterator[Row]:
         yield full_disks(pool, count(30))
 
 
-def run_campaign(quick: bool, seed: int) -> Iterator[Row]:
-    """Faults of real runs, a row each as soon as it is counted."""
+PARTS = ("kills", "stops", "dead", "hung", "numbers", "cost")
+
+
+def run_campaign(quick: bool, seed: int, only: str) -> Iterator[Row]:
+    """Faults of real runs, a row each as soon as it is counted; one of the `PARTS`, or all."""
 
     def count(trials: int) -> int:
         return max(3, trials // 25) if quick else trials
@@ -94,16 +97,18 @@ def run_campaign(quick: bool, seed: int) -> Iterator[Row]:
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
-        yield run_kills(folder, count(200), rng)
-        yield stops(folder, count(50), rng)
-        yield dead_ranks(folder, count(50), rng)
-        yield hung_ranks(folder, count(30), rng)
+        trials = {"kills": (run_kills, 200), "stops": (stops, 50), "dead": (dead_ranks, 50), "hung": (hung_ranks, 30)}
+        for part, (function, number) in trials.items():
+            if only in ("", part):
+                yield function(folder, count(number), rng)
         with RankPool(4) as pool:
-            yield from bad_numbers(folder, pool, count(50), rng)
-            yield comparison_cost(pool, rounds=3 if quick else 15)
+            if only in ("", "numbers"):
+                yield from bad_numbers(folder, pool, count(50), rng)
+            if only in ("", "cost"):
+                yield comparison_cost(pool, rounds=3 if quick else 15)
 
 
-def soak_campaign(quick: bool, seed: int) -> Iterator[Row]:
+def soak_campaign(quick: bool, seed: int, only: str) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         yield soak(Path(name), 10 if quick else 60, random.Random(seed), apart_seconds=15.0 if quick else 60.0)
 
@@ -112,8 +117,9 @@ CAMPAIGNS = {"checkpoints": campaign, "run": run_campaign, "soak": soak_campaign
 
 
 def markdown(report: dict[str, Any]) -> str:
+    commands = " and ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in report["faults"]))
     lines = [
-        f"Made by `{report['command']}` with torch {report['torch']}; `benchmarks/faults.py` says what is expected.",
+        f"Made by {commands} with torch {report['torch']}; `benchmarks/faults.py` says what is expected.",
         "",
         "| fault | trials | as expected | of them |",
         "|---|---|---|---|",
@@ -130,11 +136,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="about a twenty-fifth of the trials")
     parser.add_argument("--json", type=Path, help="where the results go; a table lies beside it")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=PARTS, default="", help="this part of `run`; other rows of the file stay")
     options = parser.parse_args()
     # Ranks are forked, and a fork of a process that used two threads hangs in its first such operation.
     torch.set_num_threads(1)
     rows: list[Row] = []
-    for row in CAMPAIGNS[options.what](options.quick, options.seed):
+    for row in CAMPAIGNS[options.what](options.quick, options.seed, options.only):
         rows.append(row)
         print(f"{row.fault}: {row.passed:,} of {row.trials:,} {row.not_run}", flush=True)
         for failure in row.failures:
@@ -142,11 +149,16 @@ def main() -> int:
     speed = None
     if options.what == "checkpoints":
         speed = measure(megabytes=20 if options.quick else 200, rounds=2 if options.quick else 9)
-    command = f"python benchmarks/faults.py {options.what}{' --quick' * options.quick} --seed {options.seed}"
-    report = {"command": command, "torch": torch.__version__, "faults": [vars(row) for row in rows], "speed": speed}
+    only = f" --only {options.only}" if options.only else ""
+    command = f"python benchmarks/faults.py {options.what}{' --quick' * options.quick}{only} --seed {options.seed}"
+    report = {"torch": torch.__version__, "faults": [{"command": command, **vars(row)} for row in rows], "speed": speed}
     failed = any(row.passed < row.trials or row.failures for row in rows)
     kept = RESULTS / f"{options.what.removesuffix('s')}_faults.json"
     path = options.json or (None if options.quick or failed else kept)
+    if path and options.only and path.exists():
+        new = {row["fault"]: row for row in report["faults"]}
+        old = json.loads(path.read_text(encoding="utf-8"))["faults"]
+        report["faults"] = [new.pop(row["fault"], row) for row in old] + list(new.values())
     if path:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(markdown(report), encoding="utf-8")

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from disttrain.checkpoint.manifest import committed_steps
 from disttrain.config import RunConfig
 from disttrain.errors import StorageError, UserError
 
 _TAIL_BYTES = 1 << 18
+RELEASE_SECONDS = 3.0
 State = Literal["running", "completed", "preempted", "failed"]
 
 
@@ -117,19 +118,20 @@ class RunFolder:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Make the folder and hold it; UserError when another process does. Forked ranks hold it with us."""
+        """Make the folder and hold it; UserError when another process does. Forked ranks hold it with us.
+
+        A process that has just died may hold it a moment longer, until the last of its threads is gone.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be the run folder: {error.strerror}; set run.dir") from error
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            if not _locked(lock, RELEASE_SECONDS):
                 lock.seek(0)
                 owner = lock.read().strip() or "another process"
-                raise UserError(f"{self.path}: {owner} is running here; wait for it or set another run.name") from error
+                raise UserError(f"{self.path}: {owner} is running here; wait for it or set another run.name")
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
@@ -140,3 +142,15 @@ class RunFolder:
         whole = self.path / f"{name}.tmp"
         whole.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         whole.replace(self.path / name)
+
+
+def _locked(file: TextIO, seconds: float) -> bool:
+    """Whether the file could be locked in that time."""
+    end = time.monotonic() + seconds
+    while True:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)

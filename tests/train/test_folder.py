@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,14 @@ def test_samples_are_added(tmp_path: Path) -> None:
     folder.add_sample(1, "one")
     folder.add_sample(2, "zwei \u00e4")
     assert (tmp_path / "samples.txt").read_text(encoding="utf-8") == "--- step 1\none\n--- step 2\nzwei \u00e4\n"
+
+
+def test_a_lock_that_is_given_back_in_a_moment_is_waited_for(tmp_path: Path) -> None:
+    """As by a process that has just been killed, whose threads are not all gone yet."""
+    holder = (tmp_path / ".lock").open("a+")
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    timer = threading.Timer(0.5, holder.close)
+    timer.start()
+    with RunFolder(tmp_path).owned():
+        assert holder.closed
+    timer.join()
