@@ -18,7 +18,7 @@ FIRST_BYTES = 1 << 20
 MOST_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 LINK_SECONDS = 0.1
 """What a measured message may take about; a slow link gets a small one."""
-MESSAGES = 3
+MESSAGES = 6
 PINGS = 10
 
 
