@@ -112,6 +112,12 @@ def compare(trial: Trial, reference: Mapping[int, float], steps: int, tolerance:
     return "" if worst <= tolerance else f"losses differ by {worst:.1e}"
 
 
+def exit_code(command: Command) -> int | None:
+    """None where it does not end in time."""
+    wait_until(lambda: command.poll() is not None, PATIENCE_SECONDS)
+    return command.poll()
+
+
 def undisturbed(home: Path, settings: tuple[str, ...], steps: int, nproc: int = 2) -> Trial:
     trial = Trial(home, settings, nproc)
     trial.start(f"train.steps={steps}").wait(1800)
@@ -158,7 +164,7 @@ def _kill_run(trial: Trial, count: int, rng: random.Random, elastic: bool, row: 
         if not trial.wait_for_training(moment):
             return f"it did not go on: {trial.said()}"
         (trial.folder / "STOP").touch()
-        code = command.wait(PATIENCE_SECONDS)
+        code = exit_code(command)
         if code != 75 or command.session():
             return f"exit code {code}, left over {command.session()}: {trial.said()}"
     finally:
@@ -205,7 +211,7 @@ def stops(home: Path, trials: int, rng: random.Random) -> Row:
                 else:
                     command.send_signal(getattr(signal, way))
                 time.sleep(rng.uniform(0.0, 0.2))
-            code = command.wait(PATIENCE_SECONDS)
+            code = exit_code(command)
             row.counts[way] += 1
             status, saved = trial.status(), committed_steps(trial.folder / "checkpoints")
             whole = saved and saved[0].name == f"step-{status.get('step', -1):08d}"

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 from checkpoint_faults import Row
-from run_faults import CONFIG, LAYOUTS, PATIENCE_SECONDS, Trial, compare, undisturbed
+from run_faults import CONFIG, LAYOUTS, PATIENCE_SECONDS, Trial, compare, exit_code, undisturbed
 
 from disttrain.config.load import load_config
 from disttrain.config.resilience import ResilienceConfig
@@ -123,7 +123,7 @@ def _end(row: Row, trial: Trial, command: Command, moment: float) -> None:
     """After the last fault it trains again, and stops as it is asked to."""
     again = trial.wait_for_training(moment)
     (trial.folder / "STOP").touch()
-    if (code := command.wait(PATIENCE_SECONDS)) != 75 or not again:
+    if (code := exit_code(command)) != 75 or not again:
         row.failures.append(f"at the end: training again {again}, exit code {code}: {trial.said()}")
         row.passed = 0
 

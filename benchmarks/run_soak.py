@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from checkpoint_faults import Row
-from run_faults import PATIENCE_SECONDS, Trial, kill, undisturbed
+from run_faults import PATIENCE_SECONDS, Trial, exit_code, kill, undisturbed
 from safetensors.torch import load_file
 
 from disttrain.checkpoint.manifest import committed_steps
@@ -47,7 +47,7 @@ def soak(home: Path, minutes: int, rng: random.Random, apart_seconds: float = 60
         _trains_again(trial, moment)
         (trial.home / "slow").unlink()
         (trial.folder / "STOP").touch()
-        if (code := command.wait(PATIENCE_SECONDS)) != 75:
+        if (code := exit_code(command)) != 75:
             row.failures.append(f"exit code {code} at the end")
     finally:
         command.end()
@@ -85,7 +85,7 @@ def _inflict(trial: Trial, command: Command, fault: str, rng: random.Random) -> 
             (trial.folder / "STOP").touch()
         else:
             command.send_signal(signal.SIGKILL if fault == "launcher" else signal.SIGTERM)
-        if command.wait(PATIENCE_SECONDS) != (-signal.SIGKILL if fault == "launcher" else 75):
+        if exit_code(command) != (-signal.SIGKILL if fault == "launcher" else 75):
             raise RuntimeError(f"{fault}: exit code {command.returncode}: {trial.said()}")
         wait_until(lambda: not command.session(), PATIENCE_SECONDS)
         return trial.start()

@@ -51,3 +51,4 @@ class LaunchError(UserError):
     """A peer that does not come or cannot be reached: the cluster's doing, and trying again later may help."""
 
     exit_code = EXIT_FAILED
+    start_again = True

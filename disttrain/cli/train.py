@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -27,6 +28,9 @@ from disttrain.train.preflight import PreparedRun, is_complete, prepare_run
 
 AGENTS_AGREE_SECONDS = 3.0
 """How long after one agent the last one may learn of a node that comes or goes: each looks ten times a second."""
+FORKS_ARRIVE_SECONDS = 60.0
+"""How long forked ranks wait for each other at most: they have nothing to load, and a fork of a process with threads
+can hang in a lock that one of these held."""
 
 
 def train_command(
@@ -169,7 +173,7 @@ def _print_notes(run: PreparedRun) -> None:
 
 def rank_main(run: PreparedRun, parent: int) -> None:
     """What a rank that `disttrain train` started runs; what it has come to stands in status.json."""
-    _run_rank(run, read_ranks() or Ranks(), give_up=EXIT_GIVE_UP)
+    _run_rank(run, read_ranks() or Ranks(), ours=True)
     # torch's agent holds a function that returned until it has collected all ranks' results. A parent that died must
     # not leave us behind: torch has us get SIGINT at its death.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -177,7 +181,8 @@ def rank_main(run: PreparedRun, parent: int) -> None:
         os._exit(EXIT_DONE)
 
 
-def _run_rank(run: PreparedRun, ranks: Ranks, give_up: int | None = None) -> State:
+def _run_rank(run: PreparedRun, ranks: Ranks, ours: bool = False) -> State:
+    """`ours`: it was started by us, who start all ranks again unless it says that this is hopeless."""
     # A signal before the loop ends us at once: there is nothing to save yet.
     for number in heard_signals():
         signal.signal(number, signal.SIG_DFL)
@@ -191,12 +196,14 @@ def _run_rank(run: PreparedRun, ranks: Ranks, give_up: int | None = None) -> Sta
     try:
         device = select_device(run.config.device, ranks.local_rank)
         settings = run.config.resilience
-        with distributed(ranks, device, settings.collective_timeout_seconds, settings.arrival_timeout_seconds):
+        forked = ours and device.type == "cpu"
+        arrival_seconds = min(settings.arrival_timeout_seconds, FORKS_ARRIVE_SECONDS if forked else math.inf)
+        with distributed(ranks, device, settings.collective_timeout_seconds, arrival_seconds):
             return run_training(run, ranks, device)
     except UserError as error:
         _note_failure(run, ranks)
         hopeless = error.exit_code == EXIT_FAILED and not error.start_again
-        leave_with_problems(error, ranks, give_up if hopeless else None)
+        leave_with_problems(error, ranks, EXIT_GIVE_UP if ours and hopeless else None)
     except BaseException:
         if sys.stdout.isatty():
             print("\x1b[?25h", end="")  # the progress bar hides the cursor and will not be closed

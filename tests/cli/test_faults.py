@@ -130,13 +130,33 @@ def test_an_endless_loop_is_named_with_its_place(config: Path, tmp_path: Path) -
     assert "mine.py" in hang["text"]
 
 
+def with_injection(folder: Path, *command: object) -> Command:
+    """A command whose ranks do what files in `folder` tell them; see `disttrain.testing.injection`."""
+    arguments = [str(part) for part in command]
+    return Command(arguments, folder, environment(FAULTS=str(folder)), ("disttrain.testing.injection:install",))
+
+
+def test_a_rank_that_hangs_before_the_meeting_is_named_and_all_start_again(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (tmp_path / "absent-1").touch()
+    few = ("train.steps=2", "resilience.arrival_timeout_seconds=2")
+    command = with_injection(tmp_path, "train", config, "--nproc", 2, f"run.dir={folder}", *few)
+    try:
+        out, err = command.communicate(TIMEOUT_SECONDS)
+    finally:
+        command.end()
+    assert command.returncode == 0, (out, err)
+    assert re.search(r"error: rank 1 \(\S+\) of 2 has not arrived after 2 s", err)
+    assert "Traceback" not in err
+    assert out.count("starting again from the beginning") == 1
+    assert status(folder) == {"state": "completed", "step": 2}
+
+
 def test_flipped_bits_start_the_run_again(config: Path, undisturbed: dict[int, float], tmp_path: Path) -> None:
     """A weight of one ddp rank changes by itself: the run ends, and goes on from the last checkpoint."""
     folder = tmp_path / "run"
-    run = ["train", str(config), "--nproc", "2", f"run.dir={folder}", *FEW, "parallel.strategy=ddp"]
-    env = environment(FAULTS=str(tmp_path))
-    injection = ("disttrain.testing.injection:install",)
-    command = Command([*run, "resilience.compare_replicas_every=5"], tmp_path, env, injection)
+    run = ("train", config, "--nproc", 2, f"run.dir={folder}", *FEW, "parallel.strategy=ddp")
+    command = with_injection(tmp_path, *run, "resilience.compare_replicas_every=5")
     try:
         assert wait_until(lambda: len(checkpoints(folder)) > 1, TIMEOUT_SECONDS)
         (tmp_path / "flip-1").touch()
