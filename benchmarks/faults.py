@@ -33,7 +33,7 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ from disttrain.testing.checkpoints import LARGE_ROWS, OTHER_RUN, SMALL_ROWS
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def campaign(quick: bool, seed: int, only: str) -> Iterator[Row]:
+def campaign(quick: bool, seed: int) -> Iterator[Row]:
     """Every kind of fault, a row each as soon as it is counted."""
 
     def count(trials: int) -> int:
@@ -88,7 +88,7 @@ def campaign(quick: bool, seed: int, only: str) -> Iterator[Row]:
 PARTS = ("kills", "stops", "dead", "hung", "numbers", "cost")
 
 
-def run_campaign(quick: bool, seed: int, only: str) -> Iterator[Row]:
+def run_campaign(quick: bool, seed: int, only: str = "") -> Iterator[Row]:
     """Faults of real runs, a row each as soon as it is counted; one of the `PARTS`, or all."""
 
     def count(trials: int) -> int:
@@ -108,12 +108,16 @@ def run_campaign(quick: bool, seed: int, only: str) -> Iterator[Row]:
                 yield comparison_cost(pool, rounds=3 if quick else 15)
 
 
-def soak_campaign(quick: bool, seed: int, only: str) -> Iterator[Row]:
+def soak_campaign(quick: bool, seed: int) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         yield soak(Path(name), 10 if quick else 60, random.Random(seed), apart_seconds=15.0 if quick else 60.0)
 
 
-CAMPAIGNS = {"checkpoints": campaign, "run": run_campaign, "soak": soak_campaign}
+CAMPAIGNS: dict[str, Callable[..., Iterator[Row]]] = {
+    "checkpoints": campaign,
+    "run": run_campaign,
+    "soak": soak_campaign,
+}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -138,10 +142,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=PARTS, default="", help="this part of `run`; other rows of the file stay")
     options = parser.parse_args()
+    if options.only and options.what != "run":
+        parser.error(f"--only chooses a part of `run`; `{options.what}` has none")
+    chosen = {"only": options.only} if options.only else {}
     # Ranks are forked, and a fork of a process that used two threads hangs in its first such operation.
     torch.set_num_threads(1)
     rows: list[Row] = []
-    for row in CAMPAIGNS[options.what](options.quick, options.seed, options.only):
+    for row in CAMPAIGNS[options.what](options.quick, options.seed, **chosen):
         rows.append(row)
         print(f"{row.fault}: {row.passed:,} of {row.trials:,} {row.not_run}", flush=True)
         for failure in row.failures:

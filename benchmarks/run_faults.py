@@ -70,16 +70,11 @@ class Trial:
         self.command = Command([*arguments, *self.settings, *more], self.home, environment, INJECTION)
         return self.command
 
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        path = self.folder / name
-        text = path.read_text() if path.exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
     def losses(self) -> dict[int, float]:
-        return {row["step"]: row["loss"] for row in self.lines("metrics.jsonl") if "loss" in row}
+        return {row["step"]: row["loss"] for row in read_lines(self.folder, "metrics.jsonl") if "loss" in row}
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in self.lines("events.jsonl") if event["kind"] == kind]
+        return [event for event in read_lines(self.folder, "events.jsonl") if event["kind"] == kind]
 
     def status(self) -> Mapping[str, Any]:
         try:
@@ -89,7 +84,7 @@ class Trial:
 
     def training_since(self, moment: float) -> bool:
         """The ranks were started after `moment` (Unix time), and have taken a step."""
-        rows, starts = self.lines("metrics.jsonl"), self.events("start") + self.events("resume")
+        rows, starts = read_lines(self.folder, "metrics.jsonl"), self.events("start") + self.events("resume")
         started = max((start["unix_seconds"] for start in starts), default=0.0)
         return bool(rows) and rows[-1]["unix_seconds"] > started > moment
 
@@ -101,6 +96,13 @@ class Trial:
         """The ends of what it printed, with no path of this machine in it."""
         text = " | ".join((self.home / name).read_text()[-300:] for name in ("stdout", "stderr"))
         return text.replace(str(ROOT), ".").replace(str(self.home), "HOME")
+
+
+def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The whole lines of a run's file of JSON lines."""
+    path = folder / name
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def compare(trial: Trial, reference: Mapping[int, float], steps: int, tolerance: float = 0.0) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 from checkpoint_faults import Row
-from run_faults import CONFIG, LAYOUTS, PATIENCE_SECONDS, Trial, compare, exit_code, undisturbed
+from run_faults import CONFIG, LAYOUTS, PATIENCE_SECONDS, Trial, compare, exit_code, read_lines, undisturbed
 
 from disttrain.config.load import load_config
 from disttrain.config.resilience import ResilienceConfig
@@ -190,17 +190,14 @@ def comparison_shares(rank: int, world: int, rounds: int) -> list[float]:
 
 
 def _skipped_once(folder: Path, ended: list[Any], step: int, world: int, where: str, value: str) -> str:
-    trial = Trial.__new__(Trial)
-    trial.folder = folder
-    skipped = [event["step"] for event in trial.events("skipped")]
-    rollbacks = len(trial.events("rollback"))
+    told = [event for event in read_lines(folder, "events.jsonl") if event["kind"] in ("skipped", "rollback")]
+    kinds, skipped = [event["kind"] for event in told], [event["step"] for event in told if event["kind"] == "skipped"]
     if ended != [("completed", [])] * world:
         return f"{ended}"
     if where == "parameter" and value == "spike":
         # It stays until the rollback: the steps until then are bad too, and none after it.
-        told = [event["kind"] for event in trial.lines("events.jsonl") if event["kind"] in ("skipped", "rollback")]
         bad = list(range(step, step + len(skipped)))
-        return "" if skipped == bad and told == ["skipped"] * len(bad) + ["rollback"] else f"{skipped}, {told}"
-    if skipped != [step] or rollbacks != (where == "parameter"):
-        return f"skipped {skipped}, {rollbacks} rollbacks"
+        return "" if skipped == bad and kinds == ["skipped"] * len(bad) + ["rollback"] else f"{skipped}, {kinds}"
+    if skipped != [step] or kinds.count("rollback") != (where == "parameter"):
+        return f"{kinds} at {skipped}"
     return ""

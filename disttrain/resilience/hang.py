@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -88,8 +89,8 @@ def accuse(found: Mapping[int, Whereabouts], world: int) -> str:
         )
     entered = {rank: name for rank, (_, name) in known.items()}
     if len(set(entered.values())) > 1:
-        common = max(sorted(set(entered.values())), key=list(entered.values()).count)
-        if 2 * list(entered.values()).count(common) <= len(entered):
+        (common, count), *_ = Counter(entered.values()).most_common()
+        if 2 * count <= len(entered):
             each = "; ".join(
                 f"rank {rank} on {found[rank].host} in {name}" for rank, name in sorted(entered.items())[:4]
             )

@@ -73,11 +73,15 @@ class SpoiltEngine(NativeEngine):
 
 
 def _spoil(weights: Tensor, fault: Fault) -> None:
-    first = weights.data.view(-1)[:1]  # autograd does not look at what a fault does
     if fault.value == "flip":
-        first.view(torch.int32).bitwise_xor_(1 << 16)  # the lowest bits heal by rounding
+        flip_first(weights)
     else:
-        first.fill_(VALUES[fault.value])
+        weights.data.view(-1)[:1].fill_(VALUES[fault.value])  # autograd does not look at what a fault does
+
+
+def flip_first(weights: Tensor) -> None:
+    """One bit of the first number, which is fp32; the lowest bits heal by rounding."""
+    weights.data.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 16)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from disttrain.distributed import process_group
 from disttrain.distributed.env import Ranks
 from disttrain.engines import NativeEngine
 from disttrain.optim.sharding import local
+from disttrain.testing.bad_numbers import flip_first
 
 _microbatches = BatchLoader.microbatches
 _begin_step = NativeEngine.begin_step
@@ -60,8 +61,7 @@ def _with_faults(loader: BatchLoader, position: int, samples: int) -> list[Micro
 
 def _with_flips(engine: NativeEngine, *arguments: Any, **named: Any) -> list[int]:
     if taken(Path(os.environ["FAULTS"]) / f"flip-{dist.get_rank()}"):
-        weight = local(next(engine.module.parameters())).data.view(-1)
-        weight[:1].view(torch.int32).bitwise_xor_(1 << 16)
+        flip_first(local(next(engine.module.parameters())))
     return _begin_step(engine, *arguments, **named)
 
 
