@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +104,30 @@ def test_val_is_a_word_and_not_a_part_of_one(tmp_path: Path) -> None:
 def test_compilation_made_the_number_of_heads_a_symbol(pool: RankPool) -> None:
     """The second compiled model of a process: torch's attention takes no comparison of symbols for a bool."""
     assert pool.run("tests.parallel.memory_jobs:two_compiled_models", 2) == [2, 2]
+
+
+def test_ddp_cut_its_buckets_anew_after_the_first_step(pool: RankPool) -> None:
+    """Of four ranks the parts were then added in another order: a resumed run was not the uninterrupted one."""
+    for first, second, third in pool.run("tests.parallel.resume_jobs:first_and_later_gradients", 4):
+        assert torch.equal(first, second)
+        assert torch.equal(first, third)
+
+
+def test_a_rank_that_called_early_left_a_lock_to_the_next_fork(tmp_path: Path) -> None:
+    """Its call at the agent's store was looked up in a thread, under a lock of libc, while the next rank was forked."""
+    code = """
+import os, sys, time, psutil
+from disttrain.launching.elastic import launch_ranks
+from disttrain.resilience import StopRequest
+
+def entry(folder):
+    seen = len(psutil.Process(os.getppid()).children())
+    open(f"{folder}/{os.environ['RANK']}", "w").write(str(seen))
+
+if __name__ == "__main__":
+    with StopRequest() as stop:
+        print(launch_ranks(entry, (sys.argv[1],), 6, "cpu", stop).code)
+"""
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "0\n", ended.stderr
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {str(rank): "6" for rank in range(6)}

@@ -28,6 +28,8 @@ STOP_SECONDS = 300
 LEAVE_SECONDS = 4.0
 """How long the peers of a rank that died may take before they are killed."""
 LOOK_SECONDS = 0.2
+FORK_SECONDS = 0.01
+"""About as long as the fork of a rank takes."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def launch_ranks(
     _silence_agent()
     # torchrun does the same: as many threads as cores in every process would fight for them.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    forking = device_type == "cpu"
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -66,13 +69,17 @@ def launch_ranks(
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         # Forked ranks start with torch imported; CUDA does not survive a fork.
-        start_method="fork" if device_type == "cpu" else "spawn",
+        start_method="fork" if forking else "spawn",
         **_agent_options(),
     )
-    undertaker = _Undertaker()
+    gate = _Gate(nproc) if forking else None
+    undertaker = _Undertaker(gate)
     try:
         with _signals_reach_ranks(stop), undertaker:
-            elastic_launch(config, entry)(*args)
+            if gate is None:
+                elastic_launch(config, entry)(*args)
+            else:
+                elastic_launch(config, _enter)(gate, entry, args)
     except SignalException:
         return Ended(EXIT_DONE)
     except ChildFailedError as error:
@@ -82,6 +89,8 @@ def launch_ranks(
         for rank in multiprocessing.active_children():
             rank.kill()
             rank.join(LEAVE_SECONDS)
+        if gate is not None:
+            gate.close()
     return Ended(EXIT_DONE)
 
 
@@ -121,11 +130,45 @@ def _signals_reach_ranks(stop: StopRequest) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _Undertaker:
-    """Remembers who died first, and ends their peers: the agent gives these half a minute, whatever it is told, which
-    one that is stopped or hangs would use up."""
+class _Gate:
+    """Forked ranks wait here until the last of them is there.
 
-    def __init__(self) -> None:
+    A rank that came earlier would call at the agent's store, a thread of this process, which looks up where the call
+    is from; a rank that is forked in that moment finds libc's lock on such lookups taken, for ever.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self._read, self._write = os.pipe()
+
+    def open(self) -> None:
+        """By the process that forks ranks: a byte for each."""
+        os.write(self._write, bytes(self.ranks))
+
+    def wait(self) -> None:
+        """In a rank."""
+        os.read(self._read, 1)
+
+    def close(self) -> None:
+        os.close(self._read)
+        os.close(self._write)
+
+
+def _enter(gate: _Gate, entry: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    # The handlers are those of the process that forked us.
+    for number in heard_signals():
+        signal.signal(number, signal.SIG_DFL)
+    gate.wait()
+    gate.close()
+    entry(*args)
+
+
+class _Undertaker:
+    """Lets ranks begin when all are there, remembers who died first, and ends their peers: the agent gives these half a
+    minute, whatever it is told, which one that is stopped or hangs would use up."""
+
+    def __init__(self, gate: _Gate | None) -> None:
+        self.gate = gate
         self.dead: dict[int, tuple[int, int]] = {}
         """Process and exit code by rank, of those that had failed when the first death was seen."""
         self._ranks: list[Any] = []
@@ -143,6 +186,10 @@ class _Undertaker:
             self._look()
 
     def _watch(self) -> None:
+        while self.gate and len(self._ranks) < self.gate.ranks and not self._over.wait(FORK_SECONDS):
+            self._look()
+        if self.gate:
+            self.gate.open()
         while not self.dead and not self._over.wait(LOOK_SECONDS):
             self._look()
         if not self._over.wait(LEAVE_SECONDS):

@@ -23,8 +23,33 @@ def apply_ddp(
     """
     group = mesh["dp_replicate"].get_group()
     replicated = DistributedDataParallel(model, process_group=group, init_sync=False, gradient_as_bucket_view=True)
+    _settle_buckets(replicated)
     replicated.register_comm_hook(group, summing_hook(reduce_dtype, probe))
     return replicated
+
+
+class _InOrder(nn.Module):
+    """Uses every parameter of `model` once, in the order in which it has them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self) -> Tensor:
+        return torch.stack([parameter.sum().float() for parameter in self.model.parameters()]).sum()
+
+
+def _settle_buckets(replicated: DistributedDataParallel) -> None:
+    """Have a first backward behind us, after which DDP cuts its buckets anew, once. Collective.
+
+    Where a gradient lies in a bucket decides in which order three and more ranks' parts of it are added: else the first
+    step after a start would be rounded unlike the same step of a run that went on.
+    """
+    model = replicated.module
+    replicated.module = _InOrder(model)
+    replicated().backward()
+    replicated.module = model
+    replicated.zero_grad(set_to_none=True)
 
 
 def summing_hook(reduce_dtype: torch.dtype | None, probe: NoiseProbe | None = None) -> Hook:

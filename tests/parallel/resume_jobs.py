@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from disttrain.checkpoint.local import LocalStorage
 from disttrain.checkpoint.manager import CheckpointManager
 from disttrain.config.parallel import ParallelConfig
 from disttrain.engines import NativeEngine
+from disttrain.parallel.ddp import apply_ddp
 from disttrain.train.step import train_step
 from tests.parallel.memory_jobs import build_engine, rank_batches
 
@@ -74,3 +76,29 @@ def _manager(directory: Path) -> CheckpointManager:
 
 def _whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+class _Reversed(nn.Module):
+    """Its gradients come in another order than its parameters stand in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.last, self.first = nn.Linear(48, 40), nn.Linear(32, 48)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.first(inputs)).square().sum()
+
+
+def first_and_later_gradients(rank: int, world: int) -> list[Tensor]:
+    """Of one ddp model and one batch, all in one row each: of its first backward, its second and its third."""
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp_replicate",))
+    model = _Reversed()
+    replicated = apply_ddp(model, mesh)
+    inputs = torch.randn(5, 32, generator=torch.Generator().manual_seed(rank))
+    rows = []
+    for _ in range(3):
+        replicated(inputs).backward()
+        rows.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad(set_to_none=True)
+    return rows
