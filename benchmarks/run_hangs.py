@@ -87,6 +87,8 @@ def hung_ranks(home: Path, trials: int, rng: random.Random) -> Row:
     row = Row("a hung rank")
     # Three ranks: of two in different collectives nobody can say which is right.
     settings = ("train.microbatch_size=1", "train.global_batch_tokens=384", "checkpoint.every=2")
+    # Where a rank hangs in an evaluation or in a save, which may take longer than a step.
+    settings += ("resilience.collective_timeout_seconds=15",)
     trial = Trial(home / "hung", settings, nproc=3)
     command = trial.start()
     try:

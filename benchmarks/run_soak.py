@@ -23,6 +23,7 @@ SETTINGS = (
     "monitor.log_every=10",
     "checkpoint.every=50",
     "resilience.compare_replicas_every=20",
+    "resilience.collective_timeout_seconds=15",
 )
 FAULTS = ("rank", "SIGTERM", "stopped", "launcher", "hang", "flip", "ranks", "STOP", "disorder", "damage")
 

@@ -32,6 +32,9 @@ FORKS_ARRIVE_SECONDS = 60.0
 """How long forked ranks wait for each other at most: they have nothing to load, and a fork of a process with threads
 can hang in a lock that one of these held."""
 
+WATCHDOG_FIRST_SECONDS = 10.0
+"""How much longer a collective may take than its watchdog lets it: a collective that gives up names nobody."""
+
 
 def train_command(
     config: Annotated[Path, typer.Argument(help="A TOML file, or the folder of a run to continue.")],
@@ -198,7 +201,8 @@ def _run_rank(run: PreparedRun, ranks: Ranks, ours: bool = False) -> State:
         settings = run.config.resilience
         forked = ours and device.type == "cpu"
         arrival_seconds = min(settings.arrival_timeout_seconds, FORKS_ARRIVE_SECONDS if forked else math.inf)
-        with distributed(ranks, device, settings.collective_timeout_seconds, arrival_seconds):
+        collective_seconds = settings.collective_timeout_seconds + WATCHDOG_FIRST_SECONDS
+        with distributed(ranks, device, collective_seconds, arrival_seconds):
             return run_training(run, ranks, device)
     except UserError as error:
         _note_failure(run, ranks)

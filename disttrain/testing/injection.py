@@ -2,8 +2,8 @@
 
 What to do is said by the environment: `FAULTS` is a folder. A file `slow` in it holds seconds to sleep in each step; a
 file `hang-R` makes rank R loop for ever in its next step, `disorder-R` makes it call a collective that no other rank
-calls, `flip-R` turns over one bit of a weight of rank R, `absent-R` keeps rank R from the meeting of the ranks; each is
-taken away by that. `samples-PID` is what a process has read.
+calls, `flip-R` turns over one bit of a weight of rank R, `absent-R` keeps rank R from the meeting of the ranks,
+`unsaved-R` from its next save; each is taken away by that. `samples-PID` is what a process has read.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from disttrain.distributed.env import Ranks
 from disttrain.engines import NativeEngine
 from disttrain.optim.sharding import local
 from disttrain.testing.bad_numbers import flip_first
+from disttrain.train.saving import RunCheckpoints
 
 _microbatches = BatchLoader.microbatches
 _begin_step = NativeEngine.begin_step
 _meet = process_group.meet
+_save = RunCheckpoints.save
 
 
 def install() -> None:
@@ -34,6 +36,14 @@ def install() -> None:
     setattr(BatchLoader, "microbatches", _with_faults)  # noqa: B010 (mypy would not have a method replaced)
     setattr(NativeEngine, "begin_step", _with_flips)  # noqa: B010
     setattr(process_group, "meet", _with_absence)  # noqa: B010
+    setattr(RunCheckpoints, "save", _with_delay)  # noqa: B010
+
+
+def _with_delay(checkpoints: RunCheckpoints, *arguments: Any, **named: Any) -> None:
+    if taken(Path(os.environ["FAULTS"]) / f"unsaved-{dist.get_rank()}"):
+        while True:
+            time.sleep(1.0)
+    _save(checkpoints, *arguments, **named)
 
 
 def _with_absence(ranks: Ranks, timeout_seconds: float) -> dist.Store:

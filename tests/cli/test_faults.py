@@ -63,7 +63,8 @@ def test_killed_ranks_are_started_again(
     assert "Traceback" not in ended.err
     assert ended.out.count("starting again from step") == 1
     assert losses(folder) == undisturbed  # to the bit
-    assert [kind for kind in kinds(folder) if kind != "failed"] == [
+    # Where other work fills the cores a rank may well be slow, which is a warning.
+    assert [kind for kind in kinds(folder) if kind not in ("failed", "warning")] == [
         "start",
         "lost_rank",
         "restart",
@@ -150,6 +151,22 @@ def test_a_rank_that_hangs_before_the_meeting_is_named_and_all_start_again(confi
     assert "Traceback" not in err
     assert out.count("starting again from the beginning") == 1
     assert status(folder) == {"state": "completed", "step": 2}
+
+
+def test_a_rank_that_hangs_in_a_save_is_named_before_the_collective_gives_up(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (tmp_path / "unsaved-1").touch()
+    few = ("train.steps=4", "checkpoint.every=2", "resilience.collective_timeout_seconds=5")
+    command = with_injection(tmp_path, "train", config, "--nproc", 2, f"run.dir={folder}", *few)
+    try:
+        out, err = command.communicate(TIMEOUT_SECONDS)
+    finally:
+        command.end()
+    assert command.returncode == 0, (out, err)
+    (hang,) = [event["text"] for event in events(folder) if event["kind"] == "hang"]
+    assert re.search(r"no progress in step 2 for \d+ s: rank 1 on \S+ \(process \d+\) has entered ", hang)
+    assert "Traceback" not in err
+    assert status(folder) == {"state": "completed", "step": 4}
 
 
 def test_flipped_bits_start_the_run_again(config: Path, undisturbed: dict[int, float], tmp_path: Path) -> None:
