@@ -21,6 +21,8 @@ from disttrain.resilience.hang import Whereabouts, accuse, last_collective, read
 LOOK_SECONDS = 0.5
 WAIT_SECONDS = 3.0
 """For what the other ranks have to say: all of them have been waiting about as long."""
+SPEAKER_FIRST_SECONDS = 2.0
+"""How long the others stay after that: a collective of the rank that is to speak would fail with their end."""
 
 
 class Watchdog:
@@ -83,14 +85,13 @@ class Watchdog:
             whole.replace(whole.with_suffix(""))
         if self._stop.wait(WAIT_SECONDS) or self._now is not before:
             return  # it was slow, not stuck
-        self._accuse()
-        os._exit(EXIT_FAILED)
-
-    def _accuse(self) -> None:
         # What an earlier start has left stays there for people.
         found = read_whereabouts(self.folder, since=self._began)
         if found and min(found) == self.ranks.rank:
             self.blame(self.step, accuse(found, self.ranks.world))
+        else:
+            time.sleep(SPEAKER_FIRST_SECONDS)
+        os._exit(EXIT_FAILED)
 
 
 def _flight_record() -> dict[str, Any]:
