@@ -52,6 +52,8 @@ slow_rank_factor = 100
 """
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = (("fsdp",), ("ddp",), ("zero1",), ("hsdp", "parallel.dp_replicate=2"))
+# Of three and more ranks the order matters in which their parts are added.
+NPROC = {"fsdp": 2, "ddp": 4, "zero1": 2, "hsdp": 4}
 
 
 class Trial:
@@ -136,7 +138,7 @@ def kills(home: Path, trials: int, rng: random.Random, per_run: int = 10) -> Row
     while row.trials < trials:
         elastic, layout = run % 5 == 4, LAYOUTS[run % 5 % len(LAYOUTS)]
         settings = (f"parallel.strategy={layout[0]}", *layout[1:])
-        trial = Trial(home / f"kill-{run}", settings, nproc=4 if layout[0] == "hsdp" else 2)
+        trial = Trial(home / f"kill-{run}", settings, nproc=NPROC[layout[0]])
         count = min(per_run, trials - row.trials)
         problem = _kill_run(trial, count, rng, elastic, row)
         for index in range(count):
