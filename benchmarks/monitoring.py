@@ -38,6 +38,7 @@ from disttrain.distributed.env import Ranks
 from disttrain.monitor.sinks.wandb_file import history
 from disttrain.optim.noise_scale import NoiseScale
 from disttrain.testing import RankPool
+from disttrain.testing.tiny import write_tiny
 from disttrain.train.build import build_training
 from disttrain.train.measurements import Measurements
 from disttrain.train.output import RunOutput
@@ -71,25 +72,15 @@ wandb.mode = "offline"
 tensorboard.enabled = true
 prometheus.port = 0
 """
-TINY = """
-device = "cpu"
-[model]
-n_layers = 1
-d_model = 16
-n_heads = 2
-[data]
-source = "synthetic"
-tokenizer = "bytes"
-cache_dir = "{folder}/cache"
+CONFIG = """
 [train]
 steps = 1000
-global_batch_tokens = 256
-microbatch_size = 2
-sequence_length = 32
+[schedule]
+horizon_steps = 1000
+[checkpoint]
+every = 1000
 [monitor]
-log_every = 1
 evaluate_every = 100
-evaluate_tokens = 512
 [monitor.wandb]
 mode = "online"
 start_seconds = 10
@@ -219,8 +210,7 @@ def cost(rounds: int) -> dict[str, Any]:
 
 def unreachable() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        config, run = Path(folder) / "tiny.toml", Path(folder) / "run"
-        config.write_text(TINY.format(folder=folder))
+        config, run = write_tiny(Path(folder), CONFIG), Path(folder) / "run"
         env = os.environ | {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
         command = [sys.executable, "-m", "disttrain", "train", str(config), "--nproc", "2", f"run.dir={run}"]
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600, check=False)

@@ -17,34 +17,19 @@ from checkpoint_faults import Row
 from disttrain.checkpoint.manifest import committed_steps
 from disttrain.testing.commands import Command, wait_until
 from disttrain.testing.injection import samples_read
+from disttrain.testing.tiny import write_tiny
 
 PATIENCE_SECONDS = 120.0
 INJECTION = ("disttrain.testing.injection:install",)
 CONFIG = """
-device = "cpu"
-[model]
-n_layers = 1
-d_model = 16
-n_heads = 2
-[data]
-source = "synthetic"
-tokenizer = "bytes"
-cache_dir = "{cache}"
 [train]
 steps = 1000000
-global_batch_tokens = 256
-microbatch_size = 2
-sequence_length = 32
 [schedule]
-warmup_steps = 4
 horizon_steps = 1000
 [checkpoint]
 every = 10
 [monitor]
-log_every = 1
 evaluate_every = 25
-evaluate_tokens = 512
-sample_tokens = 8
 [resilience]
 max_restarts = 1000
 hang_seconds = 3
@@ -62,8 +47,7 @@ class Trial:
     def __init__(self, folder: Path, settings: tuple[str, ...] = (), nproc: int = 2) -> None:
         self.home, self.folder, self.settings, self.nproc = folder, folder / "run", settings, nproc
         folder.mkdir(parents=True)
-        self.config = folder / "config.toml"
-        self.config.write_text(CONFIG.format(cache=folder.parent / "cache"))
+        self.config = write_tiny(folder, CONFIG, cache=folder.parent / "cache")
 
     def start(self, *more: str) -> Command:
         keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}

@@ -25,6 +25,7 @@ from disttrain.optim import build_optimizer
 from disttrain.testing import RankPool
 from disttrain.testing.bad_numbers import Fault
 from disttrain.testing.commands import Command, wait_until
+from disttrain.testing.tiny import write_tiny
 from disttrain.train.build import build_model
 from disttrain.train.replica_check import ReplicaCheck
 from disttrain.train.step import train_step
@@ -134,8 +135,7 @@ def bad_numbers(home: Path, pool: RankPool, trials: int, rng: random.Random) -> 
     """A row for each place and value; the step is the one in which it happens, and the only one."""
     rows = []
     (home / "bad").mkdir()
-    config = home / "bad" / "config.toml"
-    config.write_text(CONFIG.format(cache=home / "cache"))
+    config = write_tiny(home / "bad", CONFIG, cache=home / "cache")
     for where, value in itertools.product(("loss", "gradient", "parameter"), ("nan", "inf", "spike")):
         row = Row(f"{value} in {'a ' + where if where == 'parameter' else 'one rank’s ' + where}")
         for index in range(trials):

@@ -1,11 +1,13 @@
 """Fixtures that every test may use."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from disttrain.testing import RankPool
+from disttrain.testing.tiny import write_tiny
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,3 +23,9 @@ def pool() -> Iterator[RankPool]:
     """Rank processes that live as long as the test session; they start when the first job needs them."""
     with RankPool() as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that trains 40 steps in about a second. `train.steps` may change: the schedule does not follow it."""
+    return write_tiny(tmp_path_factory.mktemp("config"))

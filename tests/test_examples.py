@@ -7,18 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import TINY
 from tests.cli.helpers import ROOT, TORCHRUN, Ended, disttrain, losses, rows, run
 
 EXAMPLES = ROOT / "examples"
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("config")
-    file = folder / "tiny.toml"
-    file.write_text(TINY.format(cache=folder / "cache"))
-    return file
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -6,48 +6,6 @@ import pytest
 
 from tests.cli.helpers import NO_TORCH, TORCH_WAS_IMPORTED, Ended, disttrain, environment
 
-TINY = """
-device = "cpu"
-
-[model]
-n_layers = 1
-d_model = 16
-n_heads = 2
-
-[data]
-source = "synthetic"
-tokenizer = "bytes"
-cache_dir = "{cache}"
-
-[train]
-steps = 40
-global_batch_tokens = 256
-microbatch_size = 2
-sequence_length = 32
-
-[schedule]
-warmup_steps = 4
-horizon_steps = 40
-
-[checkpoint]
-every = 20
-
-[monitor]
-log_every = 1
-evaluate_every = 20
-evaluate_tokens = 512
-sample_tokens = 8
-"""
-
-
-@pytest.fixture(scope="session")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that trains 40 steps in about a second. `train.steps` may change: the schedule does not follow it."""
-    folder = tmp_path_factory.mktemp("config")
-    file = folder / "tiny.toml"
-    file.write_text(TINY.format(cache=folder / "cache"))
-    return file
-
 
 @pytest.fixture(scope="session")
 def no_torch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:

@@ -144,13 +144,13 @@ def test_config_shows_values_and_origins(config: Path, tmp_path: Path) -> None:
     child.write_text(f'extends = "{config}"\n\n[optim]\nlr = 1e-2\n')
     ended = inside("config", child, "train.steps=7")
     assert ended.exit_code == 0
-    table = tomllib.loads(ended.stdout)
+    table, lines = tomllib.loads(ended.stdout), config.read_text().splitlines()
     assert (table["train"]["steps"], table["optim"]["lr"], table["model"]["d_model"]) == (7, 1e-2, 16)
     # The first of a name wins: other sections have a name and steps too.
     origins = dict(reversed(re.findall(r"^(?:# )?(\w+) .*? # (.+)$", ended.stdout, flags=re.MULTILINE)))
     assert origins["steps"] == "override 'train.steps=7'"
     assert origins["lr"] == f"{child}:4"
-    assert origins["d_model"] == f"{config}:6"
+    assert origins["d_model"] == f"{config}:{lines.index('d_model = 16') + 1}"
     assert origins["weight_decay"] == "default"
     assert origins["name"] == "the config file's name"
     values = json.loads(inside("config", child, "train.steps=7", "--json").stdout)

@@ -11,18 +11,10 @@ import pytest
 
 from disttrain.testing import RankPool
 from disttrain.testing.bad_numbers import Fault
-from tests.cli.conftest import TINY
 
 JOB = "disttrain.testing.bad_numbers:spoilt_run"
 JUDGE = ("resilience.anomaly.warmup_steps=8", "resilience.anomaly.window_steps=16")
 BAD = 20
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("config")
-    (folder / "tiny.toml").write_text(TINY.format(cache=folder / "cache"))
-    return folder / "tiny.toml"
 
 
 def trained(
