@@ -12,11 +12,12 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 
+from disttrain.distributed.env import read_variables
+from disttrain.distributed.network import SOCKET_VARIABLES, interface_addresses
 from disttrain.errors import LaunchError, UserError
 from disttrain.launching.network import (
     Route,
     check_interface,
-    interfaces,
     resolve,
     somebody_listens,
     wait_for_head,
@@ -27,7 +28,6 @@ REACH_SECONDS = 30.0
 WAIT_SECONDS = 600.0
 _INDICES = ("SLURM_PROCID", "JOB_COMPLETION_INDEX", "PET_NODE_RANK", "SKYPILOT_NODE_RANK", "RANK")
 """Which of the nodes (or ranks) we are, as the scheduler says it; the first one hosts the meeting point."""
-_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,7 +57,8 @@ def prepare(options: argparse.Namespace, environment: Mapping[str, str]) -> dict
         _check_port(route.address, port)
     else:
         wait_for_head(address, port, options.reach, options.wait, _say)
-    names = {variable: environment.get(variable) or route.interface for variable in _INTERFACE_VARIABLES}
+    said = options.interface
+    names = {variable: said or environment.get(variable) or route.interface for variable in SOCKET_VARIABLES}
     return {
         **{variable: name for variable, name in names.items() if name},
         # torchrun reads its options from PET_*: a command line that says otherwise goes before.
@@ -104,9 +105,10 @@ def _endpoint(options: argparse.Namespace, environment: Mapping[str, str]) -> tu
 
 
 def _own_end(options: argparse.Namespace, environment: Mapping[str, str], head: str, address: str) -> Route:
-    chosen = {"--interface": options.interface, "GLOO_SOCKET_IFNAME": environment.get("GLOO_SOCKET_IFNAME")}
-    said = next(((by, name) for by, name in chosen.items() if name), None)
-    return check_interface(said[1], said[0]) if said else way_out(head, address)
+    """Of the interface that was chosen, for all or for gloo, or of the route to the head."""
+    chosen = {"--interface": options.interface} if options.interface else read_variables(SOCKET_VARIABLES, environment)
+    ends = {said_by: check_interface(said_by, value) for said_by, value in chosen.items()}
+    return ends.get("--interface") or ends.get("GLOO_SOCKET_IFNAME") or way_out(head, address)
 
 
 def _is_first(environment: Mapping[str, str], address: str) -> bool:
@@ -114,7 +116,7 @@ def _is_first(environment: Mapping[str, str], address: str) -> bool:
     index = next((environment[name] for name in _INDICES if name in environment), None)
     if index is not None:
         return index == "0"
-    return address.startswith("127.") or any(address in own for own in interfaces().values())
+    return address.startswith("127.") or any(address in own for own in interface_addresses().values())
 
 
 def _check_port(address: str, port: int) -> None:

@@ -158,4 +158,4 @@ def test_nobody_can_reach_the_head(job: Job, config: Path) -> None:
     assert (code, line.startswith("error: node-1 has no route to 203.0.113.1 (")) == (1, True)
     assert "veth1 (10.77.0.2)" in line
     code, line = said("--head", job.nodes[0].address, "--interface", "veth0")
-    assert (code, "--interface = veth0: on node-1 this interface is not there" in line) == (2, True)
+    assert (code, "--interface = veth0: on node-1 the interface veth0 is not there" in line) == (2, True)
