@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from disttrain.launching.files import job_files
-from disttrain.launching.job import Wishes, check_job
+from disttrain.launching.job import check_job
+from disttrain.launching.wishes import Wishes
 
 ROOT = Path(__file__).parents[2]
 CONFIG = Path("configs/quickstart.toml")

@@ -68,6 +68,17 @@ def test_fields_are_known(target: str, wishes: dict[str, Any], device: str) -> N
     assert [kubernetes_problems(document) for document in documents] == [[] for _ in documents]
 
 
+@pytest.mark.parametrize("target", [*KINDS, "skypilot"])
+@pytest.mark.parametrize("name", ["true", "null", "1e5"])
+def test_names_stay_words(target: str, name: str) -> None:
+    """YAML reads them as something else where nobody quotes them."""
+    documents = list(yaml.safe_load_all(text_of(target, f'run.name="{name}"')))
+    names = [document.get("name") or document["metadata"]["name"] for document in documents]
+    assert set(map(type, names)) == {str}
+    if target != "skypilot":
+        assert [kubernetes_problems(document) for document in documents] == [[] for _ in documents]
+
+
 Change = Callable[[dict[str, Any]], object]
 
 
