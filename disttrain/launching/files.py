@@ -102,6 +102,7 @@ def _common(job: Job) -> dict[str, str]:
         "name": job.name,
         "size": f"{_counted(nodes, 'node')} with {_counted(str(job.nproc), 'process')} each",
         "run_dir": shlex.quote(str(job.config.run_dir)),
+        "check_run_dir": render("run-dir.sh", {}),
         "nodes": str(job.nodes),
         "min_nodes": str(job.min_nodes),
         "nnodes": str(job.nodes) if job.min_nodes == job.nodes else f"{job.min_nodes}:{job.nodes}",

@@ -20,7 +20,7 @@ NOWHERE = "192.0.2.1"
 
 
 def prepared(*arguments: str, **variables: str) -> dict[str, str]:
-    return node.prepare(node._options([*arguments, "--", "true"]), variables)
+    return node.prepare(node._options([*arguments, "--", "true"]), variables).variables
 
 
 @pytest.fixture
