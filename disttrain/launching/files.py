@@ -164,9 +164,9 @@ def _pod_values(job: Job) -> dict[str, str]:
     wishes, name = job.wishes, kubernetes_name(job.name)
     resources = [("nvidia.com/gpu", str(job.nproc))] if job.gpus else []
     cpus = [("cpu", str(job.cpus_per_process * job.nproc)), *([("memory", wishes.memory)] if wishes.memory else [])]
-    # Kubeflow tells its pods where the head is; to those of a bare JobSet we say it.
-    head = [("PET_MASTER_ADDR", f"{name}-node-0-0.{name}"), ("PET_MASTER_PORT", str(_FIRST_PORT))]
-    head = head if job.target == "k8s-jobset" else []
+    # Kubeflow tells its pods where the head is; to those of a bare JobSet or Job we say it.
+    first = {"k8s-jobset": f"{name}-node-0-0.{name}", "k8s-job": f"{name}-0.{name}"}.get(job.target)
+    head = [("PET_MASTER_ADDR", first), ("PET_MASTER_PORT", str(_FIRST_PORT))] if first else []
     values = {
         **_common(job),
         "name": name,
@@ -177,6 +177,7 @@ def _pod_values(job: Job) -> dict[str, str]:
         "runs": str(VOLUMES[job.target]),
         # After SIGTERM the agent waits for its ranks as long as they may take; only then comes SIGKILL.
         "grace": str(job.stop_seconds + 30),
+        "failures": str(10 * job.nodes),
         "requests": _yaml_map([*cpus, *resources]),
         "limits": _yaml_map(resources),
         "limits_key": "limits:" if resources else "",

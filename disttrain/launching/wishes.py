@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SLURM = ("slurm", "slurm-native")
-KUBERNETES = ("k8s-trainjob", "k8s-pytorchjob", "k8s-jobset")
+KUBERNETES = ("k8s-trainjob", "k8s-pytorchjob", "k8s-jobset", "k8s-job")
 TARGETS = ("local", "torchrun", *SLURM, *KUBERNETES, "skypilot", "deepspeed", "accelerate")
 ELASTIC = ("torchrun", "slurm", "k8s-pytorchjob")
 """Where a run may go on with fewer nodes than it was given."""
