@@ -162,7 +162,7 @@ def _with_ranks(record: Record, nproc: int, needs: Needs) -> Record:
 
 
 def _ranks_to_measure(share: bool) -> Ranks | None:
-    """Those that a launcher has started; but one task of srun a node that shall meet in a folder is that node's doctor."""
+    """Those that a launcher has started; one task of srun a node, with a folder to meet in, is no rank but a doctor."""
     ranks = read_ranks()
     return None if share and ranks is not None and ranks.head and ranks.local_world == 1 else ranks
 
