@@ -119,8 +119,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _nodes(text: str) -> Nodes:
-    """As torchrun reads --nnodes; argparse tells of a ValueError."""
+    """As torchrun reads --nnodes."""
     least, _, most = text.partition(":")
+    if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
+        raise argparse.ArgumentTypeError(f"{text}: must be N or LEAST:MOST, numbers of nodes from 1 on")
     return Nodes(int(least), int(most or least))
 
 

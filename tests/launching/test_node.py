@@ -189,6 +189,16 @@ def test_it_becomes_the_command(free_port: int) -> None:
     assert json.loads(ended.out)[1:] == ["kept", f"127.0.0.1:{free_port}"]
 
 
+@pytest.mark.parametrize("text", ["x", "0", "3:2", "-1", "1:2:3"])
+def test_numbers_of_nodes(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three of two nodes would be waited for to the end."""
+    assert node._options(["--nodes", "2:4", "--", "true"]).nodes == (2, 4)
+    with pytest.raises(SystemExit) as caught:
+        node._options([f"--nodes={text}", "--", "true"])
+    assert caught.value.code == 2
+    assert f"{text}: must be N or LEAST:MOST" in capsys.readouterr().err
+
+
 def test_bad_input_shows_no_traceback(taken_port: int) -> None:
     command = (sys.executable, "-m", "disttrain.launching.node", "--head", "127.0.0.1", "--port")
     ended = run(*command, taken_port, "--", "true")
