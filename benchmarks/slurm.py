@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 import psutil
 
 from disttrain.launching.files import job_files
-from disttrain.launching.job import Wishes, check_job
+from disttrain.launching.job import check_job
+from disttrain.launching.wishes import Wishes
 from disttrain.testing.virtual_slurm import VirtualCluster, missing_slurm, virtual_cluster
 
 ROOT = Path(__file__).resolve().parents[1]

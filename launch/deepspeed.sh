@@ -9,6 +9,12 @@
 set -euo pipefail
 
 run_dir=${RUN_DIR:-runs/quickstart}
+for one in "$@"; do
+  if [[ $one == run.dir=* || ($one == run.name=* && -z ${RUN_DIR:-}) ]]; then
+    echo "error: $one: the run folder is $run_dir here, as the script was written; start it with RUN_DIR=FOLDER" >&2
+    exit 2
+  fi
+done
 job=${JOB_ID:-quickstart}
 port=${PORT:-$((20000 + $(cksum <<<"$job" | cut -d ' ' -f 1) % 10000))}
 hostfile=${HOSTFILE:-hostfile}

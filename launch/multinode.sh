@@ -20,15 +20,22 @@ fi
 job=${JOB_ID:-quickstart}
 port=${PORT:-$((20000 + $(cksum <<<"$job" | cut -d ' ' -f 1) % 10000))}
 run_dir=${RUN_DIR:-runs/quickstart}
+for one in "$@"; do
+  if [[ $one == run.dir=* || ($one == run.name=* && -z ${RUN_DIR:-}) ]]; then
+    echo "error: $one: the run folder is $run_dir here, as the script was written; start it with RUN_DIR=FOLDER" >&2
+    exit 2
+  fi
+done
 python=${PYTHON:-python}
 
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+# What another launcher left in the environment would point elsewhere: a shell of Slurm says 0 on each node.
+unset SLURM_PROCID RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# disttrain.launching.node checks head, port and interface, tells gloo and nccl which interface to take, then becomes
-# torchrun. Its --stop is how long ranks may take to save after SIGTERM.
+# disttrain.launching.node checks head, port and interface, waits for the other nodes (and names who is missing), tells
+# gloo and nccl which interface to take, then becomes torchrun. --stop: how long ranks may take to save after SIGTERM.
 exec "$python" -m disttrain.launching.node --head "$head" --port "$port" ${INTERFACE:+--interface "$INTERFACE"} \
-  --stop 120 -- \
+  --nodes 2 --stop 120 -- \
   "$python" -m torch.distributed.run --nnodes 2 --nproc-per-node 2 --max-restarts 3 \
   --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "$job" \
   --log-dir "$run_dir/logs" --tee 3 \

@@ -4,6 +4,12 @@
 set -euo pipefail
 
 run_dir=${RUN_DIR:-runs/quickstart}
+for one in "$@"; do
+  if [[ $one == run.dir=* || ($one == run.name=* && -z ${RUN_DIR:-}) ]]; then
+    echo "error: $one: the run folder is $run_dir here, as the script was written; start it with RUN_DIR=FOLDER" >&2
+    exit 2
+  fi
+done
 
 # What another launcher left in the environment would point elsewhere.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT

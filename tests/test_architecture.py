@@ -43,6 +43,7 @@ TORCH_FREE = (
     "disttrain.checkpoint.placement",
     "disttrain.checkpoint.untrusted",
     "disttrain.distributed.env",
+    "disttrain.distributed.network",
     "disttrain.report",
     "disttrain.launching.node",
     "disttrain.launching.files",

@@ -55,8 +55,12 @@ def doctor_command(
     """Check machines, network and ranks before a run; exit code 1 when something will break it."""
     _check_numbers(nproc, nodes, wait)
     names = [name.strip() for name in (hosts or "").split(",") if name.strip()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"--hosts {hosts}: {', '.join(twice)} is there twice; name each node once")
     variables = read_variables(VARIABLES)
-    ranks = read_ranks()
+    ranks = _ranks_to_measure(share is not None)
+    if ranks is not None and ranks.head:
+        variables |= {"MASTER_ADDR": ranks.head, "MASTER_PORT": str(ranks.port)}
     file = failing_nodes or (share or Path()) / FAILING_NODES
     count = read_nodes(nodes, names, variables)
     if share is not None and ranks is None and count is None:
@@ -155,6 +159,12 @@ def _with_ranks(record: Record, nproc: int, needs: Needs) -> Record:
     except UserError as error:
         return record.model_copy(update={"not_measured": error.problems[0]})
     return record.model_copy(update={"ranks": tuple(ranks), "missing_ranks": missing})
+
+
+def _ranks_to_measure(share: bool) -> Ranks | None:
+    """Those that a launcher has started; one task of srun a node, with a folder to meet in, is no rank but a doctor."""
+    ranks = read_ranks()
+    return None if share and ranks is not None and ranks.head and ranks.local_world == 1 else ranks
 
 
 def _of_launcher(ranks: Ranks, nproc: int | None) -> tuple[int, int]:

@@ -14,7 +14,8 @@ import typer
 
 from disttrain.errors import UserError
 from disttrain.launching.files import job_files, train_command
-from disttrain.launching.job import SLURM, TARGETS, Job, Wishes, check_job
+from disttrain.launching.job import Job, check_job
+from disttrain.launching.wishes import SLURM, TARGETS, Wishes
 
 _SLURM, _PODS = "Slurm", "Kubernetes and SkyPilot"
 

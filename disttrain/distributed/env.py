@@ -46,21 +46,44 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks | None:
         )
     try:
         rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        int(environment["MASTER_PORT"])  # torch would say so with a traceback
+        port = int(environment["MASTER_PORT"])
         # The deepspeed launcher says LOCAL_SIZE.
-        local_world = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world
-        return Ranks(
-            rank=rank,
-            world=world,
-            local_rank=int(environment.get("LOCAL_RANK", rank)),
-            local_world=int(local_world),
-            elastic="TORCHELASTIC_RUN_ID" in environment,
-            ends_peers="CROSS_SIZE" in environment and "TORCHELASTIC_RUN_ID" not in environment,
-        )
+        local_world = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world)
+        local_rank = int(environment.get("LOCAL_RANK", rank))
     except ValueError as error:
         raise UserError(
             f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_PORT must be whole numbers: {error}"
         ) from error
+    _check_numbers(rank, world, local_rank, local_world, port)
+    return Ranks(
+        rank=rank,
+        world=world,
+        local_rank=local_rank,
+        local_world=local_world,
+        elastic="TORCHELASTIC_RUN_ID" in environment,
+        ends_peers="CROSS_SIZE" in environment and "TORCHELASTIC_RUN_ID" not in environment,
+    )
+
+
+def _check_numbers(rank: int, world: int, local_rank: int, local_world: int, port: int) -> None:
+    """UserError for ranks that cannot be: their peers would wait for them, or they for peers, until the timeout."""
+    problems = [
+        f"{name} = {value}, {of} = {count}: the first must be from 0 to {count - 1}; set both as torchrun does"
+        for name, value, of, count in (
+            ("RANK", rank, "WORLD_SIZE", world),
+            ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world),
+        )
+        if count >= 1 and not 0 <= value < count
+    ]
+    if not 1 <= local_world <= world:
+        problems.append(
+            f"WORLD_SIZE = {world}, LOCAL_WORLD_SIZE = {local_world}: all processes, and those of this machine, which "
+            "are at least 1 and at most all"
+        )
+    if not 0 < port < 1 << 16:
+        problems.append(f"MASTER_PORT = {port}: must be from 1 to 65535")
+    if problems:
+        raise UserError(problems)
 
 
 _FIRST_SPECIAL_STEP = 0xFFFF_FFF0
@@ -88,11 +111,13 @@ def _slurm_ranks(environment: Mapping[str, str]) -> Ranks | None:
             f"this is a step of srun, whose variables are not what Slurm sets ({error}): start with srun from sbatch "
             "or salloc, or unset SLURM_PROCID to start ranks here"
         ) from error
+    local_world = _tasks_of_node(per_node, node) or world
+    _check_numbers(rank, world, local_rank, local_world, port)
     return Ranks(
         rank=rank,
         world=world,
         local_rank=local_rank,
-        local_world=_tasks_of_node(per_node, node) or world,
+        local_world=local_world,
         ends_peers=True,
         head=head,
         port=port,

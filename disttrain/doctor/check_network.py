@@ -5,10 +5,10 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 
+from disttrain.distributed.network import named_interfaces
 from disttrain.doctor.facts import Interface, Node
 from disttrain.doctor.finding import Finding, Severity
 from disttrain.doctor.needs import Needs
-from disttrain.doctor.network import named_interfaces
 from disttrain.doctor.words import some
 
 
@@ -27,7 +27,8 @@ def check_network(node: Node, needs: Needs) -> list[Finding]:
 def _variables(node: Node, needs: Needs) -> list[Finding]:
     findings = []
     for variable, value in node.network.variables.items():
-        found = named_interfaces(variable, value, node.network.interfaces)
+        names = named_interfaces(variable, value, [each.name for each in node.network.interfaces])
+        found = [each for each in node.network.interfaces if each.name in names]
         if (problem := _problem(variable, value, found, node, needs)) is not None:
             severity, what = problem
             remedy = f"{variable}={_better(node)}, or unset it"

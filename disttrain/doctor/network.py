@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fnmatch
 import ipaddress
 import os
 import socket
@@ -13,14 +12,19 @@ from contextlib import suppress
 import psutil
 
 from disttrain.distributed.env import read_variables
+from disttrain.distributed.network import (
+    ELSEWHERE,
+    SOCKET_VARIABLES,
+    interface_addresses,
+    interface_of,
+    named_interfaces,
+    source_address,
+)
 from disttrain.doctor.facts import Interface, Network, Route
 from disttrain.doctor.nvidia import infiniband
 from disttrain.doctor.reach import tcp_problem
 
-SOCKET_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 HEAD_SECONDS = 5.0
-SOMEWHERE = "203.0.113.1"
-"""An address that belongs to nobody (RFC 5737): asking for the way to it shows the default route."""
 
 
 def gather_network(head: str | None, port: int | None, hosts: Sequence[str], head_is_open: bool = False) -> Network:
@@ -47,20 +51,16 @@ def gather_network(head: str | None, port: int | None, hosts: Sequence[str], hea
 
 def gather_interfaces() -> tuple[Interface, ...]:
     states = psutil.net_if_stats()
-    found = []
-    for name, entries in sorted(psutil.net_if_addrs().items()):
-        texts = [str(entry.address) for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]
-        state = states.get(name)
-        found.append(
-            Interface(
-                name=name,
-                up=bool(state and state.isup),
-                addresses=tuple(text for text in texts if "%" not in text),
-                mtu=state.mtu if state else 0,
-                speed_mbit=state.speed if state else 0,
-            )
+    return tuple(
+        Interface(
+            name=name,
+            up=bool((state := states.get(name)) and state.isup),
+            addresses=tuple(addresses),
+            mtu=state.mtu if state else 0,
+            speed_mbit=state.speed if state else 0,
         )
-    return tuple(found)
+        for name, addresses in sorted(interface_addresses().items())
+    )
 
 
 def resolve(name: str) -> tuple[tuple[str, ...], str | None]:
@@ -73,7 +73,7 @@ def resolve(name: str) -> tuple[tuple[str, ...], str | None]:
 
 
 def find_route(head: str, interfaces: Sequence[Interface]) -> Route:
-    """A connected datagram socket knows its own address: that is the way that packets would take."""
+    """The way that packets would take, or why there is none."""
     addresses, problem = resolve(head)
     if problem is not None:
         return Route(head=head, error=f"the name does not resolve: {problem}")
@@ -82,16 +82,8 @@ def find_route(head: str, interfaces: Sequence[Interface]) -> Route:
         source = source_address(address)
     except OSError as error:
         return Route(head=head, address=address, error=error.strerror)
-    interface = next((each.name for each in interfaces if source in each.addresses), None)
+    interface = interface_of(source, {each.name: each.addresses for each in interfaces})
     return Route(head=head, address=address, source=source, interface=interface)
-
-
-def source_address(address: str) -> str:
-    """Our address on the way to `address`; OSError where there is none."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))
-        return str(probe.getsockname()[0])
 
 
 def own_addresses(interfaces: Sequence[Interface]) -> set[str]:
@@ -116,16 +108,6 @@ def port_problem(address: str | None, port: int) -> str | None:
     return None
 
 
-def named_interfaces(variable: str, value: str, interfaces: Sequence[Interface]) -> list[Interface]:
-    """Those that would be taken: gloo wants whole names; NCCL prefixes, `=` for whole names, `^` for all but."""
-    names = [name.strip() for name in value.lstrip("^=").split(",") if name.strip()]
-    if not variable.startswith("NCCL"):
-        return [each for each in interfaces if each.name in names]
-    patterns = names if value.lstrip("^").startswith("=") else [f"{name}*" for name in names]
-    hit = [each for each in interfaces if any(fnmatch.fnmatchcase(each.name, pattern) for pattern in patterns)]
-    return [each for each in interfaces if each not in hit] if value.startswith("^") else hit
-
-
 def listening_address(network: Network) -> str:
     """Where others reach this node: on the interface that is named, on the way to the head, or on the default route."""
     if network.route is not None and network.route.source is not None:
@@ -134,7 +116,7 @@ def listening_address(network: Network) -> str:
         if not ipaddress.ip_address(address).is_loopback and address in own_addresses(network.interfaces):
             return address
     with suppress(OSError):
-        return source_address(SOMEWHERE)
+        return source_address(ELSEWHERE)
     outside = [address for each in network.interfaces if each.up for address in each.addresses]
     return next((address for address in outside if not ipaddress.ip_address(address).is_loopback), "127.0.0.1")
 
@@ -143,7 +125,8 @@ def _of_named(variables: Mapping[str, str], interfaces: Sequence[Interface]) -> 
     return [
         address
         for variable, value in variables.items()
-        for interface in named_interfaces(variable, value, interfaces)
+        for name in named_interfaces(variable, value, [each.name for each in interfaces])
+        for interface in interfaces
+        if interface.name == name and interface.up
         for address in interface.addresses
-        if interface.up
     ]

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import zlib
 from collections.abc import Callable, Sequence
 
-from disttrain.launching.job import SIGNAL_SECONDS, SLURM, Job
+from disttrain.launching.job import SIGNAL_SECONDS, VOLUMES, Job
 from disttrain.launching.rendering import render
+from disttrain.launching.wishes import KUBERNETES, SLURM
 
 MAX_RESTARTS = 3
 """How often torchrun starts ranks again on the nodes it has."""
 IMAGE = "disttrain:latest"
 CLAIM = "disttrain-runs"
 TIME = "1-00:00:00"
-POD_RUNS = "/workspace/runs"
-"""Where pods see the volume of the runs: `runs/` of the image's working directory."""
 
 _FIRST_PORT, _PORTS = 20_000, 10_000
 """Below the ports that systems give out by themselves (from 32768 on), wide enough to keep jobs apart."""
@@ -53,12 +53,15 @@ def _kubernetes(job: Job) -> dict[str, str]:
 def _skypilot(job: Job) -> dict[str, str]:
     accelerators = job.wishes.accelerators or (f"H100:{job.nproc}" if job.gpus else "")
     values = {
-        "claim": job.wishes.claim or CLAIM,
-        "image": f"image_id: docker:{job.wishes.image}" if job.wishes.image else "",
+        "quoted_name": json.dumps(job.name),
+        "runs": str(VOLUMES[job.target]),
+        "claim": json.dumps(job.wishes.claim or CLAIM),
+        "image": f"image_id: {json.dumps(f'docker:{job.wishes.image}')}" if job.wishes.image else "",
         "accelerators": f"accelerators: {accelerators}" if accelerators else "",
         "envs": _yaml_map(job.env),
         "envs_key": "envs:" if job.env else "",
         "setup": "\n".join(job.wishes.setup or ("pip install -e .",)),
+        "run_dir": shlex.quote(job.volume_run_dir),
     }
     return {"skypilot.yaml": render("skypilot.yaml", {**_common(job), **values})}
 
@@ -77,7 +80,7 @@ def _deepspeed(job: Job) -> dict[str, str]:
 
 
 def _accelerate(job: Job) -> dict[str, str]:
-    port = _FIRST_PORT + sum(job.name.encode()) % _PORTS
+    port = _FIRST_PORT + zlib.crc32(job.name.encode()) % _PORTS
     values = {**_common(job), "port": str(port), "head": job.wishes.head or "127.0.0.1"}
     values["distributed_type"] = "MULTI_GPU" if job.nodes * job.nproc > 1 else '"NO"'
     return {"accelerate.yaml": render("accelerate.yaml", values)}
@@ -86,7 +89,7 @@ def _accelerate(job: Job) -> dict[str, str]:
 _BUILDERS: dict[str, Callable[[Job], dict[str, str]]] = {
     "torchrun": _torchrun,
     **dict.fromkeys(SLURM, _slurm),
-    **dict.fromkeys(("k8s-trainjob", "k8s-pytorchjob", "k8s-jobset"), _kubernetes),
+    **dict.fromkeys(KUBERNETES, _kubernetes),
     "skypilot": _skypilot,
     "deepspeed": _deepspeed,
     "accelerate": _accelerate,
@@ -99,6 +102,7 @@ def _common(job: Job) -> dict[str, str]:
         "name": job.name,
         "size": f"{_counted(nodes, 'node')} with {_counted(str(job.nproc), 'process')} each",
         "run_dir": shlex.quote(str(job.config.run_dir)),
+        "check_run_dir": render("run-dir.sh", {}),
         "nodes": str(job.nodes),
         "min_nodes": str(job.min_nodes),
         "nnodes": str(job.nodes) if job.min_nodes == job.nodes else f"{job.min_nodes}:{job.nodes}",
@@ -160,23 +164,26 @@ def _pod_values(job: Job) -> dict[str, str]:
     wishes, name = job.wishes, kubernetes_name(job.name)
     resources = [("nvidia.com/gpu", str(job.nproc))] if job.gpus else []
     cpus = [("cpu", str(job.cpus_per_process * job.nproc)), *([("memory", wishes.memory)] if wishes.memory else [])]
-    # Kubeflow tells its pods where the head is; to those of a bare JobSet we say it.
-    head = [("PET_MASTER_ADDR", f"{name}-node-0-0.{name}"), ("PET_MASTER_PORT", str(_FIRST_PORT))]
-    head = head if job.target == "k8s-jobset" else []
+    # Kubeflow tells its pods where the head is; to those of a bare JobSet or Job we say it.
+    first = {"k8s-jobset": f"{name}-node-0-0.{name}", "k8s-job": f"{name}-0.{name}"}.get(job.target)
+    head = [("PET_MASTER_ADDR", first), ("PET_MASTER_PORT", str(_FIRST_PORT))] if first else []
     values = {
         **_common(job),
         "name": name,
+        # Names such as true or 1.5 are no words in YAML.
+        "quoted_name": json.dumps(name),
         "image": json.dumps(wishes.image or IMAGE),
         "claim": json.dumps(wishes.claim or CLAIM),
-        "runs": POD_RUNS,
+        "runs": str(VOLUMES[job.target]),
         # After SIGTERM the agent waits for its ranks as long as they may take; only then comes SIGKILL.
         "grace": str(job.stop_seconds + 30),
+        "failures": str(10 * job.nodes),
         "requests": _yaml_map([*cpus, *resources]),
         "limits": _yaml_map(resources),
         "limits_key": "limits:" if resources else "",
         "env": "\n".join(f"- name: {key}\n  value: {json.dumps(value)}" for key, value in [*head, *job.env]),
         "train": "\n".join(
-            f"- {json.dumps(one)}" for one in (str(job.path), *job.overrides, f"run.dir={POD_RUNS}/{job.name}")
+            f"- {json.dumps(one)}" for one in (str(job.path), *job.overrides, f"run.dir={job.volume_run_dir}")
         ),
         "affinity": render("affinity.yaml", {"nodes": _yaml_list(job.exclude)}) if job.exclude else "",
     }

@@ -5,60 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from disttrain.config import RunConfig
 from disttrain.config.load import layout_problems, load_config
 from disttrain.errors import UserError
+from disttrain.launching.wishes import KUBERNETES, TIME, Wishes, excluded_nodes, wish_problems
 
-SLURM = ("slurm", "slurm-native")
-KUBERNETES = ("k8s-trainjob", "k8s-pytorchjob", "k8s-jobset")
-TARGETS = ("local", "torchrun", *SLURM, *KUBERNETES, "skypilot", "deepspeed", "accelerate")
-ELASTIC = ("torchrun", "slurm", "k8s-pytorchjob")
-"""Where a run may go on with fewer nodes than it was given."""
-
-_FOR = {
-    **dict.fromkeys(("account", "partition", "qos", "time", "modules", "sbatch", "container"), SLURM),
-    "setup": (*SLURM, "skypilot"),
-    "env": (*SLURM, *KUBERNETES, "skypilot"),
-    "exclude": (*SLURM, *KUBERNETES, "deepspeed"),
-    "image": (*KUBERNETES, "skypilot"),
-    "claim": (*KUBERNETES, "skypilot"),
-    "accelerators": ("skypilot",),
-    "cpus": (*SLURM, *KUBERNETES),
-    "memory": (*SLURM, *KUBERNETES),
-    "head": (*SLURM, "torchrun", "accelerate"),
-    "min_nodes": ELASTIC,
-}
-"""Which targets know what to do with an option."""
 SIGNAL_SECONDS = 60
 """How long before a run looks at the clock itself Slurm is asked to send its signal."""
-_TIME = r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}"
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the command line says beside the config; empty where it says nothing."""
-
-    nodes: int = 1
-    nproc: int | None = None
-    min_nodes: int | None = None
-    head: str = ""
-    account: str = ""
-    partition: str = ""
-    qos: str = ""
-    time: str = ""
-    container: str = ""
-    modules: Sequence[str] = ()
-    setup: Sequence[str] = ()
-    sbatch: Sequence[str] = ()
-    env: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    image: str = ""
-    claim: str = ""
-    accelerators: str = ""
-    cpus: int | None = None
-    memory: str = ""
+VOLUMES = {**dict.fromkeys(KUBERNETES, PurePosixPath("/workspace/runs")), "skypilot": PurePosixPath("/runs")}
+"""Where pods, or SkyPilot's machines, see the volume that outlives them."""
+_WORKING_DIRECTORY = PurePosixPath("/workspace")
+"""Of the image."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +59,18 @@ class Job:
         return self.wishes.cpus or (4 if self.gpus else 1)
 
     @property
+    def volume_run_dir(self) -> str:
+        """The run folder where runs lie on a volume."""
+        return self.config.run.dir or str(VOLUMES[self.target] / self.name)
+
+    @property
     def env(self) -> list[tuple[str, str]]:
         return [(name, value) for name, _, value in (one.partition("=") for one in self.wishes.env)]
 
 
 def check_job(target: str, path: Path, overrides: Sequence[str], wishes: Wishes) -> Job:
     """Read the config and see whether its mesh and batches fit the nodes; UserError with all problems at once."""
-    problems = _wish_problems(target, wishes)
+    problems = wish_problems(target, wishes)
     try:
         config = load_config(path, list(overrides), check_layout=False).config
     except UserError as error:
@@ -121,7 +85,8 @@ def check_job(target: str, path: Path, overrides: Sequence[str], wishes: Wishes)
             'device = "cpu": accelerate starts one process on a machine without GPUs; use --target torchrun'
         )
     problems += _time_problems(config, wishes)
-    excluded = _excluded(wishes.exclude, problems)
+    excluded, unknown = excluded_nodes(target, wishes.exclude)
+    problems += [*unknown, *_volume_problems(target, config)]
     if problems or nproc is None:
         raise UserError(problems)
     return Job(target, config, path, tuple(overrides), nproc, wishes, excluded)
@@ -141,9 +106,24 @@ def _layout_problems(config: RunConfig, wishes: Wishes, nproc: int) -> list[str]
     return problems
 
 
+def _volume_problems(target: str, config: RunConfig) -> list[str]:
+    """Whatever lies beside the volume is gone with the pod, or its machine."""
+    volume, folder = VOLUMES.get(target), config.run.dir
+    if volume is None or folder is None:
+        return []
+    if target in KUBERNETES and (_WORKING_DIRECTORY / folder).is_relative_to(volume):
+        return []
+    if PurePosixPath(folder).is_relative_to(volume):
+        return []
+    return [
+        f"run.dir = {folder}: for {target} runs must lie on the volume, which is at {volume}; set run.dir to a folder "
+        "below that, or leave it out"
+    ]
+
+
 def _time_problems(config: RunConfig, wishes: Wishes) -> list[str]:
     """Slurm's signal may come a minute early: in a short job it would come before the first step."""
-    if not wishes.time or not re.fullmatch(_TIME, wishes.time):
+    if not wishes.time or not re.fullmatch(TIME, wishes.time):
         return []
     stop = round(config.resilience.stop_before_limit_seconds)
     seconds, least = _seconds(wishes.time), stop + SIGNAL_SECONDS + 120
@@ -165,51 +145,3 @@ def _seconds(time: str) -> int:
     else:
         hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts]}.get(len(parts), parts)
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def _wish_problems(target: str, wishes: Wishes) -> list[str]:
-    problems = [
-        f"{_option(name)}: {target} has no use for it; it is for {', '.join(targets)}"
-        for name, targets in _FOR.items()
-        if getattr(wishes, name) and target not in targets
-    ]
-    if wishes.nodes < 1 or (wishes.nproc is not None and wishes.nproc < 1):
-        problems.append(f"--nodes {wishes.nodes} --nproc {wishes.nproc}: both must be at least 1")
-    if target == "local" and wishes.nodes != 1:
-        problems.append(f"--nodes {wishes.nodes}: local is this machine; use --target torchrun for several")
-    if wishes.min_nodes is not None and not 1 <= wishes.min_nodes <= wishes.nodes:
-        problems.append(f"--min-nodes {wishes.min_nodes}: must be between 1 and --nodes, which is {wishes.nodes}")
-    if wishes.time and not re.fullmatch(_TIME, wishes.time):
-        problems.append(
-            f"--time {wishes.time!r}: Slurm reads MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS or "
-            "DAYS-HOURS:MINUTES:SECONDS"
-        )
-    problems += [
-        f"--env {one!r}: must be NAME=VALUE" for one in wishes.env if not re.fullmatch(r"[A-Za-z_]\w*=.*", one)
-    ]
-    lines = {name: value for name in ("account", "partition", "qos", "container") if (value := getattr(wishes, name))}
-    problems += [f"--{name} {value!r}: must be one word" for name, value in lines.items() if re.search(r"\s", value)]
-    return problems + [
-        f"--sbatch {one!r}: an option of sbatch begins with -" for one in wishes.sbatch if not one.startswith("-")
-    ]
-
-
-def _option(name: str) -> str:
-    singular = {"modules": "module"}.get(name, name)
-    return f"--{singular.replace('_', '-')}"
-
-
-def _excluded(wanted: Sequence[str], problems: list[str]) -> tuple[str, ...]:
-    """Names of nodes, from files with one a line (what follows the name is a reason) or as given."""
-    names: list[str] = []
-    for one in wanted:
-        if Path(one).is_file():
-            lines = [line.partition("#")[0].split() for line in Path(one).read_text(encoding="utf-8").splitlines()]
-            names += [words[0] for words in lines if words]
-        elif "/" in one or one.endswith(".txt"):
-            problems.append(
-                f"--exclude {one}: there is no such file; name nodes with commas, or a file with one a line"
-            )
-        else:
-            names += [name for name in one.split(",") if name]
-    return tuple(dict.fromkeys(names))

@@ -8,15 +8,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import psutil
-
+from disttrain.distributed.network import (
+    ELSEWHERE,
+    interface_addresses,
+    interface_of,
+    named_interfaces,
+    source_address,
+)
 from disttrain.errors import LaunchError, UserError
 
 _TRY_SECONDS = 5.0
 _PAUSE_SECONDS = 0.5
 _NOBODY_LISTENS = (errno.ECONNREFUSED, errno.ECONNRESET)
-_ELSEWHERE = "192.0.2.1"
-"""An address that is nobody's (RFC 5737): the way to it is the default route. Nothing is sent."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,6 @@ class Route:
 
     address: str
     interface: str
-
-
-def interfaces() -> dict[str, list[str]]:
-    """Addresses (IPv4 and IPv6) by interface."""
-    families = (socket.AF_INET, socket.AF_INET6)
-    return {
-        name: [one.address.partition("%")[0] for one in addresses if one.family in families]
-        for name, addresses in psutil.net_if_addrs().items()
-    }
 
 
 def resolve(host: str, seconds: float) -> str:
@@ -51,21 +45,16 @@ def resolve(host: str, seconds: float) -> str:
         time.sleep(_PAUSE_SECONDS)
 
 
-def route_to(address: str, known: Mapping[str, list[str]] | None = None) -> Route:
+def route_to(address: str) -> Route:
     """What `ip route get ADDRESS` says, asked of the kernel itself: no packet is sent. Raises LaunchError."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 9))
-        except OSError as error:
-            raise LaunchError(
-                f"{socket.gethostname()} has no route to {address} ({error.strerror}): its interfaces are "
-                f"{_listed(known or interfaces())}"
-            ) from None
-        own = str(probe.getsockname()[0])
-    known = known or interfaces()
-    name = next((name for name, addresses in known.items() if own in addresses), "")
-    return Route(own, name)
+    known = interface_addresses()
+    try:
+        own = source_address(address)
+    except OSError as error:
+        raise LaunchError(
+            f"{socket.gethostname()} has no route to {address} ({error.strerror}): its interfaces are {_listed(known)}"
+        ) from None
+    return Route(own, interface_of(own, known) or "")
 
 
 def way_out(head: str, address: str) -> Route:
@@ -75,22 +64,25 @@ def way_out(head: str, address: str) -> Route:
     if not address.startswith("127.") or head == address:
         return route
     try:
-        outside = route_to(_ELSEWHERE)
+        outside = route_to(ELSEWHERE)
     except LaunchError:
         return route
     return outside if outside.interface else route
 
 
-def check_interface(name: str, said_by: str) -> Route:
-    """The interface that somebody chose; UserError with those that there are."""
-    known = interfaces()
-    if not known.get(name):
-        what = "has no address" if name in known else "is not there"
+def check_interface(variable: str, value: str) -> Route:
+    """The interfaces that somebody chose, of which the first one is returned; UserError with those that there are."""
+    known = interface_addresses()
+    found = named_interfaces(variable, value, list(known))
+    absent = [] if variable.startswith("NCCL") else [name for name in value.split(",") if name.strip() not in known]
+    usable = [name for name in found if known[name]]
+    if absent or not usable:
+        what = f"{found[0]} has no address" if found and not absent else f"{(absent or [value])[0]} is not there"
         raise UserError(
-            f"{said_by} = {name}: on {socket.gethostname()} this interface {what}; there are {_listed(known)}. Leave "
+            f"{variable} = {value}: on {socket.gethostname()} the interface {what}; there are {_listed(known)}. Leave "
             "it out to take the one on the route to the head"
         )
-    return Route(known[name][0], name)
+    return Route(known[usable[0]][0], usable[0])
 
 
 def somebody_listens(address: str, port: int) -> bool:

@@ -47,6 +47,26 @@ def test_half_a_launcher_is_refused(variables: dict[str, str], said: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"RANK": "8"}, "RANK = 8, WORLD_SIZE = 8: the first must be from 0 to 7"),
+        ({"RANK": "-1"}, "RANK = -1, WORLD_SIZE = 8: the first must be from 0 to 7"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK = 4, LOCAL_WORLD_SIZE = 4: the first must be from 0 to 3"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "WORLD_SIZE = 8, LOCAL_WORLD_SIZE = 0: all processes, and those of this machine"),
+        ({"LOCAL_WORLD_SIZE": "9"}, "WORLD_SIZE = 8, LOCAL_WORLD_SIZE = 9: all processes, and those of this machine"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT = 99999: must be from 1 to 65535"),
+    ],
+)
+def test_ranks_that_cannot_be(changed: dict[str, str], said: str) -> None:
+    """Each of them once ended in a traceback, or in peers that waited ten minutes."""
+    launcher = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    with pytest.raises(UserError) as caught:
+        read_ranks(launcher | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | changed)
+    (problem,) = caught.value.problems
+    assert problem.startswith(said)
+
+
+@pytest.mark.parametrize(
     ("variables", "seen"),
     [
         ({}, None),

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from disttrain.distributed.network import named_interfaces
 from disttrain.doctor.check_network import check_network
 from disttrain.doctor.facts import Interface, Network, Route
 from disttrain.doctor.needs import Needs
@@ -15,7 +16,6 @@ from disttrain.doctor.network import (
     gather_network,
     head_problem,
     listening_address,
-    named_interfaces,
     port_problem,
     resolve,
 )
@@ -76,8 +76,7 @@ def test_the_right_interface(value: str) -> None:
     ],
 )
 def test_nccl_takes_prefixes(value: str, names: list[str]) -> None:
-    found = named_interfaces("NCCL_SOCKET_IFNAME", value, network().interfaces)
-    assert [each.name for each in found] == names
+    assert named_interfaces("NCCL_SOCKET_IFNAME", value, [each.name for each in network().interfaces]) == names
 
 
 @pytest.mark.parametrize(

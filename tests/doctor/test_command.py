@@ -172,6 +172,43 @@ def test_nodes_that_share_a_folder(here: Path) -> None:
     assert (share / "job-7.0").is_dir()  # what another job leaves cannot be mistaken for this one's
 
 
+def step_of_srun(rank: int, tasks_per_node: str, **more: str) -> dict[str, str]:
+    """What Slurm sets for a task, and nothing of the four variables of torchrun; the head's name is an address here."""
+    local = rank if tasks_per_node == "2" else 0
+    return environment(
+        SLURM_JOB_ID="7",
+        SLURM_STEP_ID="0",
+        SLURM_STEP_NUM_TASKS="2",
+        SLURM_STEP_NODELIST="127.0.0.1",
+        SLURM_STEP_TASKS_PER_NODE=tasks_per_node,
+        SLURM_PROCID=str(rank),
+        SLURM_LOCALID=str(local),
+        SLURM_NODEID=str(rank - local),
+        **more,
+    )
+
+
+def test_ranks_that_srun_has_started(here: Path) -> None:
+    """They were taken for torchrun's, of which MASTER_ADDR was missing."""
+    command = (sys.executable, "-m", "disttrain", "doctor", "--json")
+    with started(*command, env=step_of_srun(0, "2")) as one, started(*command, env=step_of_srun(1, "2")) as two:
+        first, second = finish(one), finish(two)
+    assert (first.code, second.code, second.out) == (0, 0, "")
+    assert [rank["rank"] for rank in answer(first)["facts"]["ranks"]] == [0, 1]
+
+
+def test_one_task_of_srun_on_each_node_and_a_folder(here: Path) -> None:
+    """The nodes compare each other without a rendezvous, as docs/doctor.md has it for Slurm."""
+    command = (sys.executable, "-m", "disttrain", "doctor", "--json", "--share", here / "shared")
+    own = {"SLURM_STEP_NUM_NODES": "2"}
+    envs = [step_of_srun(rank, "1(x2)", SLURMD_NODENAME=f"n{rank + 1}", **own) for rank in (0, 1)]
+    with started(*command, env=envs[0]) as one, started(*command, env=envs[1]) as two:
+        found = [answer(finish(process)) for process in (one, two)]
+    for each in found:
+        assert sorted(each["facts"]["nodes"]) == ["n1", "n2"]
+        assert {"arrival", "clock", "reach"} <= checks(each)
+
+
 def test_a_node_that_does_not_come_is_left_out(here: Path) -> None:
     share = here / "shared"
     ended = disttrain("doctor", "--share", share, "--hosts", f"{socket.gethostname()},n2", "--wait", "0.5")
@@ -192,6 +229,7 @@ def test_a_stopped_rank_does_not_hold_the_doctor_up(here: Path) -> None:
         (["--nproc", "0"], "--nproc 0: there must be at least one"),
         (["--wait", "0"], "--wait 0: must be above 0"),
         (["--share", "s"], "--share s: how many nodes will come? Say --nodes N, or --hosts"),
+        (["--hosts", "a,b,a", "--share", "s"], "--hosts a,b,a: a is there twice"),
         (["--hosts", "a,b", "--nodes", "3"], "--nodes 3, but --hosts names 2: leave one of them out"),
         (["--head", ":1"], "--head :1: names no host"),
         (["--head", "h:99999"], "--head: port 99999: must be a port number, 1 to 65535"),

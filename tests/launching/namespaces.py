@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -37,6 +38,22 @@ class Node:
         """`command` on this node, under its host name."""
         as_host = ("unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name)
         return ("ip", "netns", "exec", self.namespace, *as_host, *(str(part) for part in command))
+
+    def limit(self, rate: str) -> None:
+        """What the node sends; what it gets stays fast. Skips where the kernel has no such thing."""
+        bucket = ("rate", rate, "burst", "16kb", "latency", "200ms")
+        made = self._tc("qdisc", "replace", "dev", self.interface, "root", "tbf", *bucket)
+        if made.returncode:
+            pytest.skip(f"tc tbf does not work here: {made.stderr.strip()}")
+
+    def held_back(self) -> int:
+        """How often a packet had to wait for the limit."""
+        told = self._tc("-s", "-j", "qdisc", "show", "dev", self.interface).stdout
+        return int(json.loads(told)[0]["overlimits"])
+
+    def _tc(self, *words: str) -> subprocess.CompletedProcess[str]:
+        command = ("ip", "netns", "exec", self.namespace, "tc", *words)
+        return subprocess.run(command, capture_output=True, text=True, timeout=20)
 
     @contextmanager
     def started(self, *command: object, env: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from disttrain.launching.files import job_files
-from disttrain.launching.job import Wishes, check_job
+from disttrain.launching.job import check_job
+from disttrain.launching.wishes import Wishes
 
 ROOT = Path(__file__).parents[2]
 CONFIG = Path("configs/quickstart.toml")
@@ -18,6 +19,7 @@ WRITTEN = {
     "k8s/trainjob.yaml": ("k8s-trainjob", 2),
     "k8s/pytorchjob.yaml": ("k8s-pytorchjob", 2),
     "k8s/jobset.yaml": ("k8s-jobset", 2),
+    "k8s/job.yaml": ("k8s-job", 2),
     "skypilot.yaml": ("skypilot", 2),
     "accelerate.yaml": ("accelerate", 2),
     "deepspeed.sh": ("deepspeed", 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -73,6 +74,27 @@ def test_shells_can_read_it_with_everything_said(target: str, tmp_path: Path) ->
     # A dollar in the user's words is meant so, and the user's files are not here.
     assert shellcheck(script, "--exclude=SC2016,SC1091") == ""
     assert """'monitor.sample_prompt=a '"'"'b'"'"' $c'""" in text
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_folder_is_not_taken_from_the_arguments_in_silence(script: str, tmp_path: Path) -> None:
+    """Logs and verdict would lie in one folder, the run in another; it used to be overruled."""
+    variables = {
+        "HEAD": "127.0.0.1",
+        "SLURM_JOB_ID": "7",
+        "MASTER_ADDR": "h",
+        "HOSTFILE": "/dev/null",
+        "PATH": os.environ["PATH"],
+    }
+    for argument in ("run.dir=elsewhere", "run.name=second"):
+        command = ["bash", ROOT / "launch" / script, argument]
+        ended = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
+        assert ended.returncode == 2
+        assert ended.stderr == (
+            f"error: {argument}: the run folder is runs/quickstart here, as the script was written; start it with "
+            "RUN_DIR=FOLDER\n"
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_slurm_is_told_what_was_asked_for() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from disttrain.errors import UserError
-from disttrain.launching.job import TARGETS, Job, Wishes, _seconds, check_job
+from disttrain.launching.job import Job, _seconds, check_job
+from disttrain.launching.wishes import TARGETS, Wishes
 from tests.launching.rendered import ROOT
 
 
@@ -80,11 +81,34 @@ def test_all_problems_come_at_once() -> None:
             "--min-nodes: skypilot has no use for it; it is for torchrun, slurm, k8s-pytorchjob",
         ),
         ("torchrun", {"modules": ["cuda"]}, "--module: torchrun has no use for it"),
+        ("torchrun", {"head": "h", "nodes": 1}, "--head: torchrun has no use for it on one node"),
+        ("deepspeed", {"exclude": ["n3"], "nodes": 1}, "--exclude: deepspeed has no use for it on one node"),
+        ("torchrun", {"head": "x}; echo hi"}, "--head 'x}; echo hi': must be a host's name or address"),
+        ("slurm", {"memory": "64 G"}, "--memory '64 G': Slurm reads a whole number with K, M, G or T behind it"),
+        ("k8s-jobset", {"memory": "64GB"}, "--memory '64GB': Kubernetes reads a number with Mi, Gi or Ti behind it"),
+        ("slurm", {"sbatch": ["--x\n--y"]}, "--sbatch '--x\\n--y': must be one line, and not empty"),
+        ("slurm", {"modules": [""]}, "--module '': must be one line, and not empty"),
+        ("skypilot", {"claim": "a b"}, "--claim 'a b': must be one word"),
+        ("slurm", {"exclude": ["a b"]}, "--exclude 'a b': is no name of a node for slurm"),
+        ("k8s-jobset", {"exclude": ["n[1-3]"]}, "--exclude 'n[1-3]': is no name of a node for k8s-jobset"),
     ],
 )
 def test_wishes_that_make_no_sense(target: str, wishes: dict[str, object], said: str) -> None:
     (problem,) = problems(target, **wishes)
     assert said in problem
+
+
+def test_each_process_needs_a_core() -> None:
+    assert problems("slurm", cpus=0) == ["--cpus 0: each process needs at least 1"]
+
+
+@pytest.mark.parametrize(("target", "volume"), [("k8s-jobset", "/workspace/runs"), ("skypilot", "/runs")])
+def test_a_run_folder_beside_the_volume_would_be_lost(target: str, volume: str) -> None:
+    """It used to be left out in silence, for the one on the volume."""
+    (problem,) = problems(target, 'run.dir="/data/x"')
+    assert problem.startswith(f"run.dir = /data/x: for {target} runs must lie on the volume, which is at {volume}")
+    assert checked(target, f'run.dir="{volume}/x"').volume_run_dir == f"{volume}/x"
+    assert checked(target).volume_run_dir == f"{volume}/quickstart"
 
 
 def test_accelerate_needs_gpus() -> None:
@@ -118,3 +142,4 @@ def test_nodes_to_leave_out(tmp_path: Path) -> None:
     file = tmp_path / "failing_nodes.txt"
     file.write_text("n3 disk is full\n\n# seen twice\nn4  # clock\nn3\n")
     assert checked("slurm", exclude=[str(file), "n7,n4"]).exclude == ("n3", "n4", "n7")
+    assert checked("slurm", exclude=["n[1,2],m[1,2]"]).exclude == ("n[1,2]", "m[1,2]")

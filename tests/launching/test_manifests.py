@@ -21,6 +21,7 @@ jsonschema = pytest.importorskip("jsonschema", reason="jsonschema comes with the
 SCHEMAS = Path(__file__).parent / "schemas"
 KINDS = {
     "k8s-jobset": ["JobSet"],
+    "k8s-job": ["Service", "Job"],
     "k8s-trainjob": ["TrainingRuntime", "TrainJob"],
     "k8s-pytorchjob": ["PyTorchJob"],
 }
@@ -68,6 +69,17 @@ def test_fields_are_known(target: str, wishes: dict[str, Any], device: str) -> N
     assert [kubernetes_problems(document) for document in documents] == [[] for _ in documents]
 
 
+@pytest.mark.parametrize("target", [*KINDS, "skypilot"])
+@pytest.mark.parametrize("name", ["true", "null", "1e5"])
+def test_names_stay_words(target: str, name: str) -> None:
+    """YAML reads them as something else where nobody quotes them."""
+    documents = list(yaml.safe_load_all(text_of(target, f'run.name="{name}"')))
+    names = [document.get("name") or document["metadata"]["name"] for document in documents]
+    assert set(map(type, names)) == {str}
+    if target != "skypilot":
+        assert [kubernetes_problems(document) for document in documents] == [[] for _ in documents]
+
+
 Change = Callable[[dict[str, Any]], object]
 
 
@@ -107,7 +119,17 @@ def test_what_a_pod_needs(target: str) -> None:
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "2"}
     variables = {one["name"]: one["value"] for one in container["env"]}
     assert variables["QUOTED"] == "a \"b\" 'c'"
-    assert ("PET_MASTER_ADDR" in variables) == (target == "k8s-jobset")  # Kubeflow says it itself
+    assert ("PET_MASTER_ADDR" in variables) == (target in ("k8s-jobset", "k8s-job"))  # Kubeflow says it itself
+
+
+def test_pods_of_a_plain_job_find_their_head() -> None:
+    """By the name that the headless service gives to the pod with index 0: JOB-0.SUBDOMAIN."""
+    service, job = yaml.safe_load_all(text_of("k8s-job", "run.name=GPT_2"))
+    (pod,) = pods(job)
+    name = job["metadata"]["name"]
+    assert (service["metadata"]["name"], service["spec"]["clusterIP"]) == (pod["subdomain"], "None")
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+    assert pod["containers"][0]["env"][1]["value"] == f"{name}-0.{pod['subdomain']}" == "gpt-2-0.gpt-2"
 
 
 def test_an_elastic_pytorchjob() -> None:

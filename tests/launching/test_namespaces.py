@@ -32,6 +32,8 @@ pytestmark = [needs_namespaces, pytest.mark.timeout(120)]
 IMPATIENT = {
     "PET_RDZV_CONF": "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=2",
     "PET_MONITOR_INTERVAL": "0.1",
+    # What each shell of a Slurm allocation says, wherever it is.
+    "SLURM_PROCID": "0",
 }
 """What torchrun takes for a lost node, and how often it looks: nobody here needs minutes."""
 BATCH = "train.global_batch_tokens=384"
@@ -113,6 +115,19 @@ def test_a_node_is_killed_and_comes_back(job: Job, config: Path, undisturbed: di
     assert job.first_losses() == undisturbed
 
 
+@pytest.mark.parametrize("job", [2], indirect=True)
+def test_a_slow_link_changes_no_bit(job: Job, config: Path, undisturbed: dict[int, float]) -> None:
+    """Both directions carry a small part of what the machine's memory would."""
+    for node in job.nodes:
+        node.limit("20mbit")
+    job.write(config, "--nodes", 2, steps=40)
+    for index in range(2):
+        job.start(index)
+    assert [finish(agent).code for agent in job.agents] == [0, 0]
+    assert min(node.held_back() for node in job.nodes) > 0
+    assert losses(job.folder) == undisturbed
+
+
 @pytest.mark.parametrize("job", [3], indirect=True)
 def test_a_job_goes_on_with_the_nodes_left(job: Job, config: Path, undisturbed: dict[int, float]) -> None:
     job.write(config, "--nodes", 3, "--min-nodes", 2)
@@ -141,8 +156,8 @@ def test_a_node_that_comes_later_is_taken_in(job: Job, config: Path) -> None:
 
 
 @pytest.mark.parametrize("job", [2], indirect=True)
-def test_nobody_can_reach_the_head(job: Job, config: Path) -> None:
-    """An address where nothing is; no network at all; an interface that this node lacks; each in one line."""
+def test_nodes_that_do_not_meet(job: Job, config: Path) -> None:
+    """A missing node, an address where nothing is, no network, an interface that this node lacks: one line each."""
     job.write(config, "--nodes", 2)
     look = (sys.executable, "-m", "disttrain.launching.node", "--port", 20001, "--reach", 6)
     here = job.nodes[1]
@@ -152,10 +167,14 @@ def test_nobody_can_reach_the_head(job: Job, config: Path) -> None:
         assert len(ended.err.splitlines()) == 1, ended
         return ended.code, ended.err
 
+    head = job.nodes[0]
+    alone = run(*head.command(*look, "--head", head.address, "--nodes", 2, "--wait", 1, "--", "true"))
+    assert (alone.code, alone.err[:32]) == (1, "error: 1 of 2 nodes has not come")
+    assert "; here is node-0: start them too" in alone.err
     code, line = said("--head", "10.77.0.99")
     assert (code, line.startswith("error: the head 10.77.0.99:20001 cannot be reached from node-1 (")) == (1, True)
     code, line = said("--head", "203.0.113.1")
     assert (code, line.startswith("error: node-1 has no route to 203.0.113.1 (")) == (1, True)
     assert "veth1 (10.77.0.2)" in line
     code, line = said("--head", job.nodes[0].address, "--interface", "veth0")
-    assert (code, "--interface = veth0: on node-1 this interface is not there" in line) == (2, True)
+    assert (code, "--interface = veth0: on node-1 the interface veth0 is not there" in line) == (2, True)

@@ -20,7 +20,7 @@ NOWHERE = "192.0.2.1"
 
 
 def prepared(*arguments: str, **variables: str) -> dict[str, str]:
-    return node.prepare(node._options([*arguments, "--", "true"]), variables)
+    return node.prepare(node._options([*arguments, "--", "true"]), variables).variables
 
 
 @pytest.fixture
@@ -73,9 +73,9 @@ def test_kubernetes_and_others_say_where_the_head_is(variables: dict[str, str], 
 
 
 def test_what_was_chosen_stays(free_port: int) -> None:
-    chosen = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "ib0", "PET_RDZV_CONF": "join_timeout=60"}
+    chosen = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "^docker", "PET_RDZV_CONF": "join_timeout=60"}
     changes = prepared("--head", "127.0.0.1", "--port", str(free_port), **chosen)
-    assert changes["NCCL_SOCKET_IFNAME"] == "ib0"
+    assert changes["NCCL_SOCKET_IFNAME"] == "^docker"
     assert changes["PET_RDZV_CONF"] == "is_host=1,join_timeout=60"
 
 
@@ -87,13 +87,28 @@ def test_two_jobs_on_one_head(taken_port: int) -> None:
     )
 
 
-@pytest.mark.parametrize("said", [{"--interface": "eth9"}, {"GLOO_SOCKET_IFNAME": "eth9"}])
+def test_an_interface_that_is_said_goes_before_the_environment(free_port: int) -> None:
+    changes = prepared("--head", "127.0.0.1", "--port", str(free_port), "--interface", "lo", GLOO_SOCKET_IFNAME="eth9")
+    assert (changes["GLOO_SOCKET_IFNAME"], changes["PET_LOCAL_ADDR"]) == ("lo", "127.0.0.1")
+
+
+def test_gloo_may_be_given_several_interfaces(free_port: int) -> None:
+    """Names with commas, which it takes in turn; each of them must be there."""
+    said = prepared("--head", "127.0.0.1", "--port", str(free_port), GLOO_SOCKET_IFNAME="lo,lo")
+    assert (said["GLOO_SOCKET_IFNAME"], said["PET_LOCAL_ADDR"]) == ("lo,lo", "127.0.0.1")
+    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME = lo,eth9: on .* the interface eth9 is not there"):
+        prepared("--head", "127.0.0.1", "--port", str(free_port), GLOO_SOCKET_IFNAME="lo,eth9")
+
+
+@pytest.mark.parametrize(
+    "said", [{"--interface": "eth9"}, {"GLOO_SOCKET_IFNAME": "eth9"}, {"NCCL_SOCKET_IFNAME": "eth9"}]
+)
 def test_an_interface_that_is_not_there(said: dict[str, str], free_port: int) -> None:
     options = [word for name, value in said.items() if name.startswith("--") for word in (name, value)]
     variables = {name: value for name, value in said.items() if not name.startswith("--")}
     with pytest.raises(UserError) as caught:
         prepared("--head", "127.0.0.1", "--port", str(free_port), *options, **variables)
-    assert f"{next(iter(said))} = eth9: on {socket.gethostname()} this interface is not there; there are" in str(
+    assert f"{next(iter(said))} = eth9: on {socket.gethostname()} the interface eth9 is not there; there are" in str(
         caught.value
     )
     assert "lo (127.0.0.1)" in str(caught.value)
@@ -172,6 +187,16 @@ def test_it_becomes_the_command(free_port: int) -> None:
     ended = run(sys.executable, "-m", "disttrain.launching.node", *options, env=env)
     assert (ended.code, ended.err) == (0, "")
     assert json.loads(ended.out)[1:] == ["kept", f"127.0.0.1:{free_port}"]
+
+
+@pytest.mark.parametrize("text", ["x", "0", "3:2", "-1", "1:2:3"])
+def test_numbers_of_nodes(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three of two nodes would be waited for to the end."""
+    assert node._options(["--nodes", "2:4", "--", "true"]).nodes == (2, 4)
+    with pytest.raises(SystemExit) as caught:
+        node._options([f"--nodes={text}", "--", "true"])
+    assert caught.value.code == 2
+    assert f"{text}: must be N or LEAST:MOST" in capsys.readouterr().err
 
 
 def test_bad_input_shows_no_traceback(taken_port: int) -> None:

@@ -1,16 +1,19 @@
-"""Two ranks on this machine under the launchers of accelerate and deepspeed, where these are installed."""
+"""Two ranks under the launchers of accelerate and deepspeed, where these are installed."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.cli.helpers import disttrain, environment, run, status
+from tests.cli.helpers import disttrain, environment, finish, run, status
+from tests.launching.namespaces import cluster, needs_namespaces
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -27,6 +30,30 @@ def test_accelerate(config: Path, tmp_path: Path) -> None:
     assert ended.code == 0, ended
     assert status(tmp_path / "run") == {"state": "completed", "step": 3}
     assert "rows over 2" in ended.out
+
+
+@needs_namespaces
+def test_accelerate_on_two_nodes(config: Path, tmp_path: Path) -> None:
+    """The two commands that the head of its config says, on nodes whose names nobody can resolve."""
+    if importlib.util.find_spec("accelerate") is None:
+        pytest.skip("accelerate comes with the extra [accelerate]")
+    written, folder = tmp_path / "accelerate.yaml", f"run.dir={tmp_path / 'run'}"
+    with cluster(2) as nodes, ExitStack() as stack:
+        head = nodes[0].address
+        options = ("--nodes", 2, "--nproc", 1, "--head", head, "--output", written)
+        assert disttrain("launch", config, 'device="auto"', "--target", "accelerate", *options).code == 0
+        port = re.findall(r"main_process_port: (\d+)", written.read_text())[0]
+        look = (sys.executable, "-m", "disttrain.launching.node", "--head", head, "--port", port, "--nodes", 2, "--")
+        launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", written)
+        train = ("--main_process_ip", head, "-m", "disttrain", "train", config, folder, "train.steps=3")
+        agents = [
+            stack.enter_context(node.started(*look, *launcher, "--machine_rank", rank, *train, env=environment()))
+            for rank, node in enumerate(nodes)
+        ]
+        ended = [finish(agent) for agent in agents]
+    assert [each.code for each in ended] == [0, 0], ended
+    assert status(tmp_path / "run") == {"state": "completed", "step": 3}
+    assert "rows over 2" in ended[0].out
 
 
 def test_deepspeed(config: Path, tmp_path: Path) -> None:

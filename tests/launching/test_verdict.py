@@ -12,7 +12,7 @@ import pytest
 
 from tests.launching.rendered import ROOT, SCRIPTS
 
-FAR, NEAR = 100_000, 100
+FAR, NEAR, NO_LIMIT = 100_000, 100, 0
 
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name.endswith(".sbatch")])
@@ -24,6 +24,7 @@ FAR, NEAR = 100_000, 100
         ("preempted", 75, NEAR, 0, True),
         ("preempted", 1, NEAR, 0, True),
         ("preempted", 75, FAR, 0, False),  # somebody stopped it
+        ("preempted", 75, NO_LIMIT, 0, False),  # and again
         ("failed", 1, FAR, 1, False),
         ("running", 0, NEAR, 1, False),  # ended without a word
         ("running", 137, FAR, 137, False),
@@ -46,6 +47,8 @@ def test_verdict(script: str, state: str, code: int, left: int, exit_code: int, 
     verdict = text[text.index("# status.json decides") :]
     setting = f"set -euo pipefail\nrun_dir={tmp_path} began={began} code={code}\n"
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "9", "SLURM_JOB_END_TIME": str(int(time.time()) + left)}
+    if left == NO_LIMIT:
+        del env["SLURM_JOB_END_TIME"]
     ended = subprocess.run(["bash", "-c", setting + verdict], env=env, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (exit_code, "")
     called = (tmp_path / "called").read_text() if (tmp_path / "called").exists() else ""

@@ -8,6 +8,7 @@
 set -euo pipefail
 
 run_dir=${RUN_DIR:-@{run_dir}}
+@{check_run_dir}
 job=${JOB_ID:-@{name}}
 port=${PORT:-$((@{first_port} + $(cksum <<<"$job" | cut -d ' ' -f 1) % @{ports}))}
 @{check}

@@ -20,15 +20,17 @@ fi
 job=${JOB_ID:-@{name}}
 port=${PORT:-$((@{first_port} + $(cksum <<<"$job" | cut -d ' ' -f 1) % @{ports}))}
 run_dir=${RUN_DIR:-@{run_dir}}
+@{check_run_dir}
 python=${PYTHON:-python}
 
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+# What another launcher left in the environment would point elsewhere: a shell of Slurm says 0 on each node.
+unset SLURM_PROCID RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# disttrain.launching.node checks head, port and interface, tells gloo and nccl which interface to take, then becomes
-# torchrun. Its --stop is how long ranks may take to save after SIGTERM.
+# disttrain.launching.node checks head, port and interface, waits for the other nodes (and names who is missing), tells
+# gloo and nccl which interface to take, then becomes torchrun. --stop: how long ranks may take to save after SIGTERM.
 exec "$python" -m disttrain.launching.node --head "$head" --port "$port" ${INTERFACE:+--interface "$INTERFACE"} \
-  --stop @{stop} -- \
+  --nodes @{nnodes} --stop @{stop} -- \
   "$python" -m torch.distributed.run --nnodes @{nnodes} --nproc-per-node @{nproc} --max-restarts @{restarts} \
   --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "$job" \
   --log-dir "$run_dir/logs" --tee 3 \

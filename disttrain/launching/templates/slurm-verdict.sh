@@ -4,7 +4,8 @@ state="no status.json of this start"
 if [[ $run_dir/status.json -nt $began ]]; then
   state=$(sed -n 's/^ *"state": "\([a-z]*\)".*/\1/p' "$run_dir/status.json")
 fi
-left=$((${SLURM_JOB_END_TIME:-0} - $(date +%s)))
+# A job without a limit has all the time there is.
+left=$((${SLURM_JOB_END_TIME:-99999999999} - $(date +%s)))
 echo "run folder $run_dir: $state; exit code $code, $left s before the time limit"
 case $state in
   completed) exit 0 ;;

@@ -4,6 +4,7 @@
 set -euo pipefail
 
 run_dir=${RUN_DIR:-@{run_dir}}
+@{check_run_dir}
 
 # What another launcher left in the environment would point elsewhere.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
