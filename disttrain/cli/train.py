@@ -19,7 +19,7 @@ from disttrain.checkpoint.manifest import committed_steps
 from disttrain.cli.problems import leave_with_problems
 from disttrain.config import RunConfig
 from disttrain.config.load import layout_problems, load_config
-from disttrain.distributed.env import Ranks, read_ranks
+from disttrain.distributed.env import Ranks, read_ranks, tell_engines
 from disttrain.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_GIVE_UP, EXIT_PREEMPTED, UserError
 from disttrain.launching.parent import die_with_parent
 from disttrain.resilience import RestartBudget, StopRequest, heard_signals, lost_peers
@@ -198,6 +198,8 @@ def _run_rank(run: PreparedRun, ranks: Ranks, ours: bool = False) -> State:
 
     try:
         device = select_device(run.config.device, ranks.local_rank)
+        if run.config.engine != "native":
+            tell_engines(ranks, on_cpu=device.type == "cpu")
         settings = run.config.resilience
         forked = ours and device.type == "cpu"
         arrival_seconds = min(settings.arrival_timeout_seconds, FORKS_ARRIVE_SECONDS if forked else math.inf)
