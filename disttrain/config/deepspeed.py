@@ -9,7 +9,7 @@ from typing import Any
 
 from disttrain.config.clipping import ClipNorm
 from disttrain.config.engines import STAGES
-from disttrain.config.layout import microbatch_sizes
+from disttrain.config.layout import rank_microbatches
 from disttrain.config.run import RunConfig
 from disttrain.errors import UserError
 
@@ -113,9 +113,8 @@ def _zero(config: RunConfig, stage: int) -> dict[str, Any]:
 
 
 def _microbatches(config: RunConfig, world: int) -> tuple[int, int]:
-    """Rows and number of the microbatches of the largest batch."""
-    samples = max(stage.samples for stage in config.train.batches().stages) // config.dims(world).batch
-    sizes = microbatch_sizes(max(samples, 1), config.train.microbatch_size)
+    """Rows and number of the microbatches of a process."""
+    sizes = rank_microbatches(config.train.batches(), config.train.microbatch_size, config.dims(world).batch)
     return max(sizes), len(sizes)
 
 

@@ -46,10 +46,13 @@ def apply_accelerate(
     where Accelerate does not see the processes that there are.
     """
     from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
 
     cpu = mesh.device_type == "cpu"
     plugin = _fsdp_plugin(model, config, plan) if config.shards else None
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_steps=1, fsdp_plugin=plugin)
+    # A plugin, since a number would give way to what a launcher has said.
+    whole = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_plugin=whole, fsdp_plugin=plugin)
     if accelerator.num_processes != world_size():
         raise UserError(
             f"accelerate sees {accelerator.num_processes} processes where there are {world_size()}: start with "
