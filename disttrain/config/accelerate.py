@@ -26,26 +26,23 @@ _REMEDY = "make them equal, or take it out of accelerate's configuration"
 
 def launcher_problems(config: RunConfig, said: Mapping[str, str], world: int) -> Iterator[str]:
     """Where what was `said` (`VARIABLES` that are set) is not what the config says, side by side."""
-    said = {name: value.lower() for name, value in said.items()}
+    # "no" is what stands there where nobody has chosen.
+    said = {name: value.lower() for name, value in said.items() if value.lower() != "no"}
     if said.get("ACCELERATE_USE_DEEPSPEED") == "true":
         yield "accelerate's configuration asks for DeepSpeed: set engine = 'deepspeed', which it starts alike"
     for name in ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         if said.get(name) == "true":
             yield f"accelerate's configuration sets {name}: under this engine the layout is [parallel]'s; take it out"
-    if said.get("ACCELERATE_DYNAMO_BACKEND", "no") != "no":
+    if "ACCELERATE_DYNAMO_BACKEND" in said:
         yield "accelerate's configuration has a dynamo_backend: set parallel.compile = true, and take it out there"
     yield from _differences(config, said, world)
 
 
 def _differences(config: RunConfig, said: Mapping[str, str], world: int) -> Iterator[str]:
-    parallel, dtypes = config.parallel, {"fp32": "no"}
+    parallel = config.parallel
     sharded = said.get("ACCELERATE_USE_FSDP") == "true"
     ours: dict[str, tuple[str, str, str]] = {
-        "ACCELERATE_MIXED_PRECISION": (
-            "parallel.param_dtype",
-            parallel.param_dtype,
-            dtypes.get(parallel.param_dtype, parallel.param_dtype),
-        ),
+        "ACCELERATE_MIXED_PRECISION": ("parallel.param_dtype", parallel.param_dtype, parallel.param_dtype),
         "ACCELERATE_USE_FSDP": ("parallel.strategy", parallel.strategy, _word(parallel.shards)),
     }
     if sharded:
