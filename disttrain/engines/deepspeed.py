@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -19,6 +20,7 @@ from disttrain.engines.fragments import RowState, fragment, set_gradients, with_
 from disttrain.engines.handed_over import HandedOver
 from disttrain.engines.native import NativeEngine
 from disttrain.engines.protocol import UpdateResult
+from disttrain.errors import UserError
 from disttrain.optim import GradientNorms, OptimizerSet, Safeguards
 from disttrain.optim.anomaly import Verdict
 from disttrain.optim.sharding import flat, local, world_size
@@ -78,7 +80,13 @@ def _initialize(model: nn.Module, handed: HandedOver, ds_config: dict[str, Any])
     log = logging.getLogger("DeepSpeed")
     # It would warn of our optimizer, which it does not know, and tell what we have told it.
     log.setLevel(logging.ERROR)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=handed, config=ds_config, dist_init_required=False)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=handed, config=ds_config, dist_init_required=False)
+    except ValidationError as error:
+        raise UserError(
+            f"deepspeed.config_file: DeepSpeed refuses {'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})"
+            for e in error.errors()
+        ) from error
     log.setLevel(logging.WARNING)
     return engine
 

@@ -99,10 +99,12 @@ def _deepspeed(config: RunConfig, mesh: DeviceMesh, device: torch.device, probe:
     gpt = _whole_gpt(config, device)
     prepare_blocks(gpt, parallel, GPT_PLAN)
     translated = ds_config(config, mesh.size())
+    offloads = config.deepspeed.offload_optimizer != "none"
     zero = apply_deepspeed(gpt, mesh["dp_shard"], parallel, translated, partial(_whole_gpt, config))
 
     def engine(optimizer: OptimizerSet, safeguards: Safeguards) -> Engine:
-        return DeepSpeedEngine(zero, gpt, optimizer, parallel=parallel, device=device, safeguards=safeguards)
+        where = torch.device("cpu") if offloads else device
+        return DeepSpeedEngine(zero, gpt, optimizer, parallel=parallel, device=where, safeguards=safeguards)
 
     return _Placed(zero.module, zero.engine, engine)
 

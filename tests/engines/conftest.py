@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from disttrain.testing import RankPool
-from tests.cli.conftest import config, no_torch
+from tests.cli.conftest import no_torch
 
-__all__ = ["cache", "config", "engine_pool", "no_torch"]
+__all__ = ["cache", "engine_pool", "no_torch"]
 
 
 @pytest.fixture(scope="package")

@@ -45,8 +45,8 @@ def steps(parts: Training, rank: int, world: int, numbers: range, accumulation: 
     """The summed loss of this rank over all tokens, and the norm of the gradients, of each step."""
     seen = []
     for number in numbers:
-        batches = rank_batches(number, rank, world, accumulation)
-        # A rate of its own in each step, as schedules give it.
+        # In every other step one microbatch less, as a ramp has it, and a rate of its own in each, as a schedule gives.
+        batches = rank_batches(number, rank, world, accumulation - number % 2)
         result = train_step(parts.engine, batches, lr_factor=1 / (1 + number % 5), device=CPU)
         seen.append((result.loss_sum.item() / result.valid_tokens, result.update.grad_norm.item()))
     return seen

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.helpers import Ended, checkpoints, disttrain, losses, status
+from tests.cli.helpers import Ended, checkpoints, disttrain, losses, refused, status
 
 pytestmark = [
     pytest.mark.timeout(240),
@@ -77,3 +77,12 @@ def test_tools_read_the_run(folders: tuple[Path, Path, list[Ended]]) -> None:
     _, moved, _ = folders
     assert disttrain("evaluate", moved).code == 0
     assert disttrain("generate", moved, "--prompt", "a", "--tokens", 4).code == 0
+
+
+def test_a_value_that_deepspeed_refuses(config: Path, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": -5}}))
+    settings = (*STAGE_3, f"deepspeed.config_file={file}", f"run.dir={tmp_path / 'run'}")
+    line, *_ = refused(disttrain("train", config, "--nproc", 2, *settings))
+    for word in ("deepspeed.config_file", "reduce_bucket_size", "-5"):
+        assert word in line
