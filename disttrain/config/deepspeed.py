@@ -126,6 +126,8 @@ def file_problems(config: RunConfig, world: int) -> Iterator[str]:
         yield from error.problems
         return
     ours, file = _ours(config, world), config.deepspeed.config_file
+    if str(items.get("optimizer.type")).lower() == "adam" and items.get("optimizer.params.adam_w_mode", True):
+        items["optimizer.type"] = "AdamW"  # DeepSpeed's Adam decays so unless it is told otherwise
     for key, value in items.items():
         if key in _PASSED_ON | _FILLED_IN or value == AUTO:
             continue
@@ -136,10 +138,11 @@ def file_problems(config: RunConfig, world: int) -> Iterator[str]:
         if not _same(value, here):
             yield f"{file}: {key} is {value!r} there, {setting} is {here!r} here: make them equal, or take it out there"
     for dtype in ("bf16", "fp16"):
-        if items.get(f"{dtype}.enabled") is True and config.parallel.param_dtype != dtype:
+        said, here = items.get(f"{dtype}.enabled"), config.parallel.param_dtype
+        if isinstance(said, bool) and said != (here == dtype):
             yield (
-                f"{file}: {dtype}.enabled is true there, parallel.param_dtype is {config.parallel.param_dtype!r} here: "
-                "make them equal, or take it out there"
+                f"{file}: {dtype}.enabled is {str(said).lower()} there, parallel.param_dtype is {here!r} here: make "
+                "them equal, or take it out there"
             )
 
 

@@ -145,10 +145,9 @@ class DeepSpeedEngine(NativeEngine):
         self.zero, self._gpt, self._world = zero, gpt, world_size()
         self._rows = RowState(zero.mesh)
         self._fragments = list(zero.module.parameters())
-        outer = type(zero.engine.optimizer)
-        if zero.stage:
-            for group in optimizer.param_groups:
-                group["class"] += f" in {outer.__module__}.{outer.__qualname__}"
+        outer = type(zero.engine.optimizer if zero.stage else zero.engine)
+        for group in optimizer.param_groups:
+            group["class"] += f" in {outer.__module__}.{outer.__qualname__}"
 
     def begin_step(self, measure_noise: bool, tokens: Sequence[int], compare_weights: bool = False) -> list[int]:
         self._rows.forget()

@@ -104,7 +104,7 @@ def test_a_file_that_says_something_else(config: Path, no_torch: dict[str, str],
         "gradient_clipping": 0.3,
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "round_robin_gradients": True},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95]}},
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-4, "betas": [0.9, 0.95]}},
         "scheduler": {"type": "WarmupLR"},
         "wandb": {"enabled": True},
     }
