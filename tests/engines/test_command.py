@@ -77,6 +77,7 @@ def test_tools_read_the_run(folders: tuple[Path, Path, list[Ended]]) -> None:
     _, moved, _ = folders
     assert disttrain("evaluate", moved).code == 0
     assert disttrain("generate", moved, "--prompt", "a", "--tokens", 4).code == 0
+    assert disttrain("report", moved).code == 0
 
 
 def test_a_value_that_deepspeed_refuses(config: Path, tmp_path: Path) -> None:

@@ -84,27 +84,28 @@ GROUPS = {
 MUON = {"preset": "muon", "lr": 1e-2, "max_update_ratio": 0.05}
 AVERAGED = {"preset": "schedule_free_adamw", "lr": 1e-2}
 SETS = {
-    "groups": (GROUPS, ["zero1", "zero2", "fsdp"], ["ddp", "fsdp"]),
-    "whole matrices": (MUON, ["ddp"], ["ddp", "fsdp"]),
-    "averaged weights": (AVERAGED, ["zero2", "fsdp"], []),
+    "groups": (GROUPS, "ddp", ["zero1", "zero2", "fsdp"], ["ddp", "fsdp"]),
+    "whole matrices": (MUON, "ddp", ["ddp"], ["ddp"]),
+    "cut matrices": (MUON, "fsdp", [], ["fsdp"]),
+    "averaged weights": (AVERAGED, "ddp", ["zero2", "fsdp"], []),
 }
+"""What is optimized how, the native strategy to compare with, and those of the other engines."""
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_our_optimizers_under_other_engines(engine_pool: RankPool, cache: Path, name: str) -> None:
-    optim, deepspeed, accelerate = SETS[name]
-    cases = {"native": case("native", "ddp", optim=optim)}
+    optim, native, deepspeed, accelerate = SETS[name]
+    cases = {"native": case("native", native, optim=optim)}
     cases |= {f"deepspeed {strategy}": case("deepspeed", strategy, optim=optim) for strategy in deepspeed}
     cases |= {f"accelerate {strategy}": case("accelerate", strategy, optim=optim) for strategy in accelerate}
     found = engine_pool.run("tests.engines.jobs:train", 2, timeout_seconds=240, cache=cache, cases=cases)
-    assert compare(found, 1e-4 if name == "whole matrices" else TOLERANCE) == {}
+    assert compare(found) == {}
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 5e-2), ("fp16", 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 1e-2), ("fp16", 2e-3)])
 def test_narrow_types(engine_pool: RankPool, cache: Path, dtype: str, tolerance: float) -> None:
     parallel = {"param_dtype": dtype}
-    layouts = [("native", "ddp"), *(("deepspeed", s) for s in ("ddp", "zero1", "zero2", "fsdp"))]
-    layouts += [("accelerate", "ddp"), ("accelerate", "fsdp")]
+    layouts = [("native", "ddp"), *(("deepspeed", s) for s in ("zero1", "zero2", "fsdp")), ("accelerate", "fsdp")]
     cases = {" ".join(layout): case(*layout, parallel=parallel) for layout in layouts}
     found = engine_pool.run("tests.engines.jobs:train", 2, timeout_seconds=240, cache=cache, cases=cases)
     beyond = compare(found, tolerance)
