@@ -24,7 +24,7 @@ lint: .venv/.installed-test
 	touch $@
 
 .venv/.installed-test: .venv/.installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,oracles,hf,wandb,tensorboard,prometheus,report]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,oracles,hf,wandb,tensorboard,prometheus,report,deepspeed,accelerate]'
 	touch $@
 
 clean:

@@ -98,10 +98,11 @@ class CheckpointReader:
             f"{names} of {info.place}: no longer kept" for names in _by_owner(old)
         ]
 
-    def load_weights(self, model: nn.Module, info: CheckpointInfo) -> None:
-        """`load` for the weights of `model` (plain, DDP or FSDP2) alone, without any other state."""
+    def load_weights(self, target: nn.Module | Mapping[str, Tensor], info: CheckpointInfo) -> None:
+        """`load` for the weights of a model (plain, DDP or FSDP2), or what `model_state` gives, and nothing else."""
         weights = {name: entry for name, entry in info.manifest.tensors.items() if name.startswith("model.")}
-        self.load(model_state(model), replace(info, manifest=replace(info.manifest, tensors=weights)))
+        state = model_state(target) if isinstance(target, nn.Module) else target
+        self.load(state, replace(info, manifest=replace(info.manifest, tensors=weights)))
 
 
 def _by_owner(names: list[str]) -> list[str]:

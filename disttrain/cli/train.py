@@ -18,8 +18,9 @@ import typer
 from disttrain.checkpoint.manifest import committed_steps
 from disttrain.cli.problems import leave_with_problems
 from disttrain.config import RunConfig
+from disttrain.config.accelerate import VARIABLES, launcher_problems
 from disttrain.config.load import layout_problems, load_config
-from disttrain.distributed.env import Ranks, read_ranks
+from disttrain.distributed.env import Ranks, read_ranks, read_variables, tell_engines
 from disttrain.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_GIVE_UP, EXIT_PREEMPTED, UserError
 from disttrain.launching.parent import die_with_parent
 from disttrain.resilience import RestartBudget, StopRequest, heard_signals, lost_peers
@@ -49,7 +50,12 @@ def train_command(
         raise UserError(
             f"--nproc {nproc}, but a launcher has started {ranks.local_world} processes here already: leave it out"
         )
-    code = _join(load_config(config, overrides or [], world=ranks.world).config, ranks)
+    loaded = load_config(config, overrides or [], world=ranks.world).config
+    if loaded.engine == "accelerate" and (
+        problems := list(launcher_problems(loaded, read_variables(VARIABLES), ranks.world))
+    ):
+        raise UserError(problems)
+    code = _join(loaded, ranks)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not by sys.exit: threads of gloo have been seen to abort a rank in the interpreter's teardown.
@@ -135,6 +141,9 @@ def _answer(folder: RunFolder, code: int, stop: StopRequest) -> int:
 
 def _join(config: RunConfig, ranks: Ranks) -> int:
     """Be one rank of a launcher: torchrun restarts whatever leaves with another code than 0."""
+    said = read_variables(VARIABLES) if config.engine == "accelerate" else {}
+    if problems := list(launcher_problems(config, said, ranks.world)) if said else []:
+        raise UserError(problems)
     if ranks.elastic:
         die_with_parent()
     with RunFolder(config.run_dir).owned() if ranks.is_first else nullcontext():
@@ -198,6 +207,8 @@ def _run_rank(run: PreparedRun, ranks: Ranks, ours: bool = False) -> State:
 
     try:
         device = select_device(run.config.device, ranks.local_rank)
+        if run.config.engine != "native":
+            tell_engines(ranks, on_cpu=device.type == "cpu")
         settings = run.config.resilience
         forked = ours and device.type == "cpu"
         arrival_seconds = min(settings.arrival_timeout_seconds, FORKS_ARRIVE_SECONDS if forked else math.inf)

@@ -84,3 +84,9 @@ def microbatch_sizes(rank_samples: int, most: int) -> list[int]:
     """The fewest microbatches of at most `most` samples, as equal as they can be."""
     count = -(-rank_samples // most)
     return [rank_samples // count + (index < rank_samples % count) for index in range(count)]
+
+
+def rank_microbatches(batches: BatchSchedule, most: int, batch_ranks: int) -> list[int]:
+    """`microbatch_sizes` of one of `batch_ranks` processes, in the largest batch of the run."""
+    samples = max(stage.samples for stage in batches.stages) // batch_ranks
+    return microbatch_sizes(max(samples, 1), most)

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from disttrain.config.algorithms import ALGORITHMS, BY_TAG
+from disttrain.config.deepspeed import file_problems
 from disttrain.config.run import RunConfig
 from disttrain.config.sources import Values, read_values
 from disttrain.errors import UserError
@@ -86,7 +87,7 @@ def layout_problems(config: RunConfig, world: int | None, broken: frozenset[str]
         config.dims(world) if "train" in broken or begun else config.check_batches(world)
     except ValueError as error:
         return [str(error)]
-    return []
+    return list(file_problems(config, world)) if config.engine == "deepspeed" and not broken else []
 
 
 def flat_items(section: BaseModel, prefix: str = "") -> dict[str, Any]:

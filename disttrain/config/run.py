@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from disttrain.config.base import Section
 from disttrain.config.clipping import AdaptiveClip
 from disttrain.config.data import DataConfig
+from disttrain.config.engines import STAGES, DeepSpeedConfig, Engine, engine_problems
 from disttrain.config.groups import Group, ScheduleFreeAdamW
 from disttrain.config.layout import ParallelDims, check_batches
 from disttrain.config.model import ModelConfig
@@ -30,6 +31,8 @@ from disttrain.schedule import BatchSchedule, LrSchedule, Shape
 class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA when torch can use one, else the CPU; a GPU that torch cannot use is an error, not a CPU run."""
+    engine: Engine = "native"
+    """Who runs the step: docs/engines.md says what each can do."""
     run: RunSection = Field(default_factory=RunSection)
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -41,6 +44,27 @@ class RunConfig(Section):
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
     resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _strategy_of_the_stage(cls, table: Any) -> Any:
+        """A ZeRO stage says the strategy too, where nothing else does."""
+        if not isinstance(table, dict) or table.get("engine") != "deepspeed":
+            return table
+        section, parallel = table.get("deepspeed"), table.get("parallel", {})
+        stage = section.get("stage") if isinstance(section, dict) else None
+        strategies = [strategy for strategy, number in STAGES.items() if number == stage]
+        if not strategies or not isinstance(parallel, dict) or "strategy" in parallel:
+            return table
+        return {**table, "parallel": {**parallel, "strategy": strategies[0]}}
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> RunConfig:
+        follows = self.train.batch_auto is not None
+        if problems := list(engine_problems(self.engine, self.deepspeed, self.parallel, self.optim, follows)):
+            raise ValueError("; ".join(problems))
+        return self
 
     @model_validator(mode="after")
     def _check_schedule(self) -> RunConfig:

@@ -161,6 +161,23 @@ def visible_gpus(environment: Mapping[str, str] = os.environ, root: Path = Path(
     return None
 
 
+def tell_engines(ranks: Ranks, on_cpu: bool) -> None:
+    """Set what DeepSpeed and Accelerate read for themselves, where no launcher has set it."""
+    told = {
+        "RANK": ranks.rank,
+        "WORLD_SIZE": ranks.world,
+        "LOCAL_RANK": ranks.local_rank,
+        "LOCAL_WORLD_SIZE": ranks.local_world,
+    }
+    if ranks.world > 1 or "MASTER_ADDR" in os.environ:
+        for name, value in told.items():
+            os.environ.setdefault(name, str(value))
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if on_cpu:
+        # Either would take a GPU that is there.
+        os.environ["DS_ACCELERATOR"], os.environ["ACCELERATE_USE_CPU"] = "cpu", "true"
+
+
 def usable_cores() -> int:
     """Cores that this process may use; a container or job may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from disttrain.checkpoint.state import training_state
+from disttrain.checkpoint.state import model_state, training_state
 from disttrain.config.parallel import ParallelConfig
 from disttrain.engines.protocol import UpdateResult
 from disttrain.optim import GradientClipper, LossScale, OptimizerSet, Safeguards, set_learning_rate
@@ -60,11 +60,17 @@ class NativeEngine:
         return loss
 
     def backward(self, loss: Tensor) -> None:
-        (loss * self.loss_scale.scale).backward()
+        self._backward(loss * self.loss_scale.scale)
         if self.probe is not None:
             self.probe.after_backward(self._parameters)
 
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
     def finish_step(self, lr_factor: float | Sequence[float], loss: Tensor | None = None) -> UpdateResult:
+        return self._update(lr_factor, loss)
+
+    def _update(self, lr_factor: float | Sequence[float], loss: Tensor | None) -> UpdateResult:
         guards, scale = self.safeguards, self.loss_scale.scale
         verdicts: list[Tensor] = []
 
@@ -106,6 +112,10 @@ class NativeEngine:
             **self.safeguards.clipper.state(),
             **(self.safeguards.judge.state() if self.safeguards.judge else {}),
         }
+
+    def weights(self) -> dict[str, Tensor]:
+        parameters_will_change(self.model)
+        return model_state(self.module)
 
     def loaded(self) -> None:
         self.optimizer.loaded()

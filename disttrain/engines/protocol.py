@@ -73,6 +73,10 @@ class Engine(Protocol):
         """Call after a load has written into `state()`."""
         ...
 
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that are trained, by the names of `state`; a load writes into these tensors."""
+        ...
+
     def weights_changed(self) -> None:
-        """Call after other weights were written into the model, with nothing for the optimizer."""
+        """Call after a load has written into `weights()`, with nothing for the optimizer."""
         ...

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from disttrain.config.clipping import AGC, AdaptiveClip, Clip, ClipNorm, ClipValue, ZClip
 from disttrain.optim.optimizer_set import OptimizerSet
+from disttrain.optim.sharding import flat
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def ownership(optimizer: OptimizerSet) -> list[Ownership]:
             group=group["name"],
             algorithm=group["config"].algorithm,
             optimizer_class=group["class"],
-            shape=tuple(parameter.shape),
+            shape=run.shape if (run := flat(parameter)) else tuple(parameter.shape),
             placement=placement_in_words(parameter),
             clip=clip_in_words(group["config"].clip),
             settings=group["config"].describe(),
@@ -86,7 +87,7 @@ def placement_in_words(parameter: Tensor) -> str:
             copies *= parameter.device_mesh.size(axis)
         else:
             shards *= parameter.device_mesh.size(axis)
-    return f"rows over {shards}" + (f", {copies} copies" if copies > 1 else "")
+    return f"{'elements' if flat(parameter) else 'rows'} over {shards}" + (f", {copies} copies" if copies > 1 else "")
 
 
 def clip_in_words(clip: Clip | None) -> str:

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Of a parameter that ranks hold as runs of its elements, which need not end where its rows do."""
+
+    shape: tuple[int, ...]
+    """Of the whole."""
+    first: int
+    """The element that this rank's run begins with."""
+
+
+def flat(parameter: Tensor) -> Flat | None:
+    """How `parameter`, with one dim, is held in runs; None where it is whole or cut along its rows."""
+    return getattr(parameter, "flat", None)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -44,6 +60,8 @@ def like_sharded(held: Tensor, parameter: Tensor, shape: torch.Size) -> Tensor:
 
 def first_element(parameter: Tensor) -> int:
     """Where this rank's rows of `parameter` begin in the whole tensor, counted in elements."""
+    if run := flat(parameter):
+        return run.first
     if not isinstance(parameter, DTensor):
         return 0
     _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

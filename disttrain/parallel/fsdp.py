@@ -21,20 +21,25 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, config: P
     axes = mesh["dp_replicate", "dp_shard"] if config.strategy == "hsdp" else mesh["dp_shard"]
     # Inputs are left alone: a cast would round the rotary angles, and activations have the right type already.
     precision = MixedPrecisionPolicy(
-        param_dtype=DTYPES[config.param_dtype], reduce_dtype=_reduce_dtype(config), cast_forward_inputs=False
+        param_dtype=DTYPES[config.param_dtype], reduce_dtype=reduce_dtype(config), cast_forward_inputs=False
     )
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.cpu_offload else OffloadPolicy()
     reshard = SyncRules.of(config).reshard_after_forward
     for unit in (*plan.units(model), model):
         # Said for the root too: its default keeps gathered weights after a forward, which later writes do not reach.
         fully_shard(unit, mesh=axes, reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload)
+    sum_gradients(model)
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """The loss already carries one over the global token count: FSDP2's own average would divide twice."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _reduce_dtype(config: ParallelConfig) -> torch.dtype | None:
+def reduce_dtype(config: ParallelConfig) -> torch.dtype | None:
     """FSDP2 reduces in the computing type unless told otherwise; without mixed precision there is nothing to tell."""
     if config.param_dtype == "fp32":
         return None

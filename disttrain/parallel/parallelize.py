@@ -30,10 +30,7 @@ def parallelize(
     `materialise` gives the parameters storage and values once they are cut, so that no rank holds the whole model
     where the strategy spares it that. `probe` sees the gradients of each rank before they are summed.
     """
-    blocks = list(plan.units(model))
-    apply_activation_checkpointing(blocks, config.activation_checkpointing, config.activation_checkpointing_every or 2)
-    if config.compile:
-        apply_compile(blocks)
+    prepare_blocks(model, config, plan)
     if config.shards:
         apply_fsdp(model, mesh, plan, config)
         if probe is not None:
@@ -43,3 +40,11 @@ def parallelize(
         return model
     dtype = DTYPES[config.param_dtype]
     return apply_ddp(CastParameters(model, dtype) if dtype else model, mesh, DTYPES[config.reduce_dtype], probe)
+
+
+def prepare_blocks(model: nn.Module, config: ParallelConfig, plan: ShardingPlan) -> None:
+    """The first part of that order, which is the same whoever replicates or shards."""
+    blocks = list(plan.units(model))
+    apply_activation_checkpointing(blocks, config.activation_checkpointing, config.activation_checkpointing_every or 2)
+    if config.compile:
+        apply_compile(blocks)

@@ -11,7 +11,6 @@ from disttrain.checkpoint.manager import CheckpointManager
 from disttrain.checkpoint.manifest import Manifest
 from disttrain.checkpoint.reading import open_checkpoint
 from disttrain.config import RunConfig
-from disttrain.parallel import parameters_will_change
 from disttrain.train.batches import RunBatches, begin_batches, resume_batches
 from disttrain.train.build import Training
 
@@ -40,7 +39,6 @@ def _initial_weights(config: RunConfig, parts: Training) -> list[str]:
     if source is None:
         return []
     reader, found = open_checkpoint(Path(source).expanduser())
-    parameters_will_change(parts.model)
-    reader.load_weights(parts.gpt, found)
+    reader.load_weights(parts.engine.weights(), found)
     parts.engine.weights_changed()
     return [*found.rejected, f"weights from {found.place} (step {found.manifest.step}); everything else is new"]

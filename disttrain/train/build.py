@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from disttrain.config import ModelConfig, RunConfig
+from disttrain.config.deepspeed import ds_config
 from disttrain.config.parallel import ParallelConfig
 from disttrain.data.loader import BatchLoader, SampleOrder
 from disttrain.data.source import Data
@@ -19,14 +22,15 @@ from disttrain.models import GPT, GPT_PLAN, init_parameters
 from disttrain.optim import OptimizerSet, Safeguards, build_optimizer, build_safeguards
 from disttrain.optim.batch_law import BatchLaw, GroupLaw, group_rule
 from disttrain.parallel import NoiseProbe, parallelize
+from disttrain.parallel.parallelize import prepare_blocks
 from disttrain.schedule import BatchSchedule
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a loop needs: `model` is the parallel module that is called, `gpt` the module inside it."""
+    """What a loop needs: `model` is the parallel module that is called, `gpt` the one with the trained parameters."""
 
-    gpt: GPT
+    gpt: nn.Module
     model: nn.Module
     engine: Engine
     optimizer: OptimizerSet
@@ -40,6 +44,34 @@ def build_training(config: RunConfig, data: Data, ranks: Ranks, device: torch.de
     dims = config.dims(ranks.world)
     mesh = build_mesh(dims, device.type)
     probe = NoiseProbe(config.parallel, dims) if config.monitor.noise_scale_every else None
+    place = {"native": _native, "deepspeed": _deepspeed, "accelerate": _accelerate}[config.engine]
+    placed = place(config, mesh, device, probe)
+    optimizer = build_optimizer(placed.module, config.optim, GPT_PLAN, seed=config.train.seed)
+    safeguards = build_safeguards(
+        placed.module,
+        optimizer,
+        config.optim,
+        GPT_PLAN,
+        device=device,
+        steps=config.train.total_steps,
+        anomaly=config.resilience.anomaly,
+    )
+    engine = placed.engine(optimizer, safeguards)
+    order = SampleOrder(data.train, config.train.sequence_length, config.train.seed)
+    loader = BatchLoader(order, config.train.microbatch_size, ranks.rank, ranks.world)
+    return Training(placed.module, placed.model, engine, optimizer, safeguards, order, loader)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A model where its engine wants it: `module` owns what is trained, `model` is called."""
+
+    module: nn.Module
+    model: nn.Module
+    engine: Callable[[OptimizerSet, Safeguards], Engine]
+
+
+def _native(config: RunConfig, mesh: DeviceMesh, device: torch.device, probe: NoiseProbe | None) -> _Placed:
     gpt, model = build_model(
         config.model,
         max_length=config.train.sequence_length,
@@ -49,29 +81,56 @@ def build_training(config: RunConfig, data: Data, ranks: Ranks, device: torch.de
         device=device,
         probe=probe,
     )
-    optimizer = build_optimizer(gpt, config.optim, GPT_PLAN, seed=config.train.seed)
-    safeguards = build_safeguards(
-        gpt,
-        optimizer,
-        config.optim,
-        GPT_PLAN,
-        device=device,
-        steps=config.train.total_steps,
-        anomaly=config.resilience.anomaly,
-    )
-    engine = NativeEngine(
-        gpt,
-        model,
-        optimizer,
-        parallel=config.parallel,
-        # The scale lies where the gradients are.
-        device=torch.device("cpu") if config.parallel.cpu_offload else device,
-        safeguards=safeguards,
-        probe=probe,
-    )
-    order = SampleOrder(data.train, config.train.sequence_length, config.train.seed)
-    loader = BatchLoader(order, config.train.microbatch_size, ranks.rank, ranks.world)
-    return Training(gpt, model, engine, optimizer, safeguards, order, loader)
+    # The scale lies where the gradients are.
+    where = torch.device("cpu") if config.parallel.cpu_offload else device
+
+    def engine(optimizer: OptimizerSet, safeguards: Safeguards) -> Engine:
+        return NativeEngine(
+            gpt, model, optimizer, parallel=config.parallel, device=where, safeguards=safeguards, probe=probe
+        )
+
+    return _Placed(gpt, model, engine)
+
+
+def _deepspeed(config: RunConfig, mesh: DeviceMesh, device: torch.device, probe: NoiseProbe | None) -> _Placed:
+    from disttrain.engines.deepspeed import DeepSpeedEngine, apply_deepspeed
+
+    parallel = config.parallel
+    gpt = _whole_gpt(config, device)
+    prepare_blocks(gpt, parallel, GPT_PLAN)
+    translated = ds_config(config, mesh.size())
+    offloads = config.deepspeed.offload_optimizer != "none"
+    zero = apply_deepspeed(gpt, mesh["dp_shard"], parallel, translated, partial(_whole_gpt, config))
+
+    def engine(optimizer: OptimizerSet, safeguards: Safeguards) -> Engine:
+        where = torch.device("cpu") if offloads else device
+        return DeepSpeedEngine(zero, gpt, optimizer, parallel=parallel, device=where, safeguards=safeguards)
+
+    return _Placed(zero.module, zero.engine, engine)
+
+
+def _accelerate(config: RunConfig, mesh: DeviceMesh, device: torch.device, probe: NoiseProbe | None) -> _Placed:
+    from disttrain.engines.accelerate import AccelerateEngine, apply_accelerate
+
+    gpt = _whole_gpt(config, device)
+    prepare_blocks(gpt, config.parallel, GPT_PLAN)
+    prepared = apply_accelerate(gpt, mesh, config.parallel, GPT_PLAN, probe)
+
+    def engine(optimizer: OptimizerSet, safeguards: Safeguards) -> Engine:
+        return AccelerateEngine(
+            gpt, prepared, optimizer, parallel=config.parallel, device=device, safeguards=safeguards, probe=probe
+        )
+
+    return _Placed(gpt, prepared.model, engine)
+
+
+def _whole_gpt(config: RunConfig, device: torch.device) -> GPT:
+    """For engines that cut a model which is there already: with its initial weights, on a device that can hold them."""
+    gpt = build_gpt(config.model, config.train.sequence_length, device)
+    gpt.loss_chunk_tokens = config.parallel.loss_chunk_tokens
+    if device.type != "meta":
+        init_parameters(gpt, config.train.seed)
+    return gpt
 
 
 def build_batch_law(config: RunConfig, optimizer: OptimizerSet, batches: BatchSchedule) -> BatchLaw:

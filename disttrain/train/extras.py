@@ -11,9 +11,10 @@ from disttrain.errors import UserError
 _LEAST_TOKEN = 16
 
 
-def check_extras(monitor: MonitorConfig) -> None:
-    """UserError for sinks that cannot be: a missing package, a token that cannot be read."""
+def check_extras(monitor: MonitorConfig, engine: str = "native") -> None:
+    """UserError for engines and sinks that cannot be: a missing package, a token that cannot be read."""
     wanted = {
+        f"engine = {engine!r}": (engine, engine, engine != "native"),
         "monitor.wandb.mode": ("wandb", "wandb", monitor.wandb.mode != "disabled"),
         "monitor.tensorboard.enabled": ("tensorboard", "tensorboard", monitor.tensorboard.enabled),
         "monitor.prometheus.port": ("prometheus_client", "prometheus", monitor.prometheus.port is not None),

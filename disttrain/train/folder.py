@@ -99,6 +99,10 @@ class RunFolder:
     def write_config(self, config: RunConfig) -> None:
         self._write_json("config.json", config.model_dump(mode="json"))
 
+    def write_ds_config(self, translated: dict[str, Any]) -> None:
+        """What DeepSpeed was given."""
+        self._write_json("ds_config.json", translated)
+
     def write_ownership(self, rows: list[dict[str, Any]], exchanges: list[list[str]]) -> None:
         self._write_json("ownership.json", {"parameters": rows, "matrix_exchanges": exchanges})
 

@@ -16,7 +16,7 @@ from disttrain.optim.noise_scale import NoiseScale
 from disttrain.optim.update_size import UpdateSizes
 from disttrain.resilience import SlowRanks
 from disttrain.resilience.slow import LEAST_SECONDS
-from disttrain.train.build import Training
+from disttrain.train.build import Training, build_gpt
 from disttrain.train.group_metrics import GroupMetrics
 from disttrain.train.position import Position
 from disttrain.train.run_time import RunTime
@@ -53,7 +53,7 @@ class Measurements:
         """What the last row has brought to light."""
         self.use = ProcessUse(device)
         self.flops_per_token = training_flops_per_token(
-            parts.gpt.matmul_parameters, config.model.n_layers, config.model.d_model, config.train.sequence_length
+            _matmul_parameters(config), config.model.n_layers, config.model.d_model, config.train.sequence_length
         )
         self.peak_flops = config.monitor.peak_flops_per_device or _peak_flops(device, config.parallel.param_dtype)
         names = [group["name"] for group in parts.optimizer.param_groups]
@@ -178,6 +178,11 @@ class Measurements:
         if self.peak_flops is None:
             return {}
         return {"mfu": model_flops_utilisation(flops_per_second, self.ranks.world, self.peak_flops)}
+
+
+def _matmul_parameters(config: RunConfig) -> int:
+    """Of the whole model, however an engine holds it."""
+    return build_gpt(config.model, config.train.sequence_length, torch.device("meta")).matmul_parameters
 
 
 def _by_rank(reduced: Reduced, names: list[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 from disttrain.checkpoint.manager import Saved
 from disttrain.checkpoint.manifest import Manifest
+from disttrain.config.deepspeed import ds_config
 from disttrain.distributed.env import Ranks
 from disttrain.monitor import ConsoleSink, Ending, Event, JsonlSink, Value
 from disttrain.optim import OptimizerSet, Safeguards
@@ -45,6 +46,8 @@ class RunOutput:
         environment = describe_environment(ranks, device)
         with disk_errors(self.folder.path):
             self.folder.write_config(run.config)
+            if run.config.engine == "deepspeed":
+                self.folder.write_ds_config(ds_config(run.config, ranks.world))
             self.folder.write_environment(environment)
             self._status("running")
             if run.data.tokenizer is not None:

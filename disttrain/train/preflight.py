@@ -58,7 +58,7 @@ def is_complete(config: RunConfig) -> bool:
 def prepare_run(config: RunConfig) -> PreparedRun:
     """Open the data, settle the vocabulary, and compare with what the run folder already holds; UserError otherwise."""
     started = time.time()
-    check_extras(config.monitor)
+    check_extras(config.monitor, config.engine)
     if config.parallel.compile and not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError(
             "parallel.compile = true: torch.compile calls a C++ compiler, and neither g++ nor clang++ is on PATH; "
@@ -70,7 +70,12 @@ def prepare_run(config: RunConfig) -> PreparedRun:
     check_token_ids(data, vocab_size)
     config = config.with_vocab_size(vocab_size)
     folder = RunFolder(config.run_dir)
-    notes = (*data.notes, *_schedule_notes(config), *_compare_with_checkpoint(config, data, folder))
+    notes = (
+        *data.notes,
+        *_schedule_notes(config),
+        *_engine_notes(config),
+        *_compare_with_checkpoint(config, data, folder),
+    )
     earlier = {} if config.run.resume == "never" else folder.read_status()
     return PreparedRun(config, data, folder, _run_id(config, data), notes, started, earlier)
 
@@ -86,6 +91,12 @@ def open_config_data(config: RunConfig) -> Data:
         cache_directory=Path(section.cache_dir).expanduser(),
         seed=config.train.seed,
     )
+
+
+def _engine_notes(config: RunConfig) -> list[str]:
+    if config.engine != "deepspeed" or not config.monitor.noise_scale_every:
+        return []
+    return ["the noise scale is not measured: DeepSpeed reduces gradients before anybody sees those of each process"]
 
 
 def _schedule_notes(config: RunConfig) -> list[str]:

@@ -26,9 +26,10 @@ def test_accelerate(config: Path, tmp_path: Path) -> None:
     options = ("--target", "accelerate", "--nproc", 2, "--output", written)
     assert disttrain("launch", config, 'device="auto"', *options).code == 0
     command = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", written, "-m", "disttrain", "train")
-    ended = run(*command, config, f"run.dir={tmp_path / 'run'}", "train.steps=3")
+    ended = run(*command, config, f"run.dir={tmp_path / 'run'}", "train.steps=3", "engine=accelerate")
     assert ended.code == 0, ended
     assert status(tmp_path / "run") == {"state": "completed", "step": 3}
+    assert "AcceleratedOptimizer" in ended.out
     assert "rows over 2" in ended.out
 
 
@@ -64,7 +65,8 @@ def test_deepspeed(config: Path, tmp_path: Path) -> None:
     # The launcher looks for its own interpreter on PATH, and counts GPUs unless it is told of CPUs.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = environment(RUN_DIR=str(tmp_path / "run"), DS_ACCELERATOR="cpu", PATH=path)
-    ended = run("bash", script, "train.steps=3", env=env)
+    ended = run("bash", script, "train.steps=3", "engine=deepspeed", env=env)
     assert ended.code == 0, ended
     assert status(tmp_path / "run") == {"state": "completed", "step": 3}
-    assert "rows over 2" in ended.out
+    assert "DeepSpeedZeroOptimizer_Stage3" in ended.out
+    assert "elements over 2" in ended.out
