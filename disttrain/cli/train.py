@@ -44,7 +44,7 @@ def train_command(
     """Train a model; resume it when its run folder holds a checkpoint."""
     ranks = read_ranks()
     if ranks is None:
-        sys.exit(_start(load_config(config, overrides or [], nproc=nproc).config))
+        sys.exit(start_run(load_config(config, overrides or [], nproc=nproc).config))
     if nproc not in (None, ranks.local_world):
         raise UserError(
             f"--nproc {nproc}, but a launcher has started {ranks.local_world} processes here already: leave it out"
@@ -56,7 +56,7 @@ def train_command(
     os._exit(code)
 
 
-def _start(config: RunConfig) -> int:
+def start_run(config: RunConfig) -> int:
     """Be the parent: check everything that needs no torch, then start the ranks and answer for them."""
     folder = RunFolder(config.run_dir)
     with folder.owned():

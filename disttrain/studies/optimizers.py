@@ -1,0 +1,108 @@
+"""Optimizers as rows of a comparison: what stands in `[optim]` for each, and where its search begins.
+
+A name of `optim.preset`, an element-wise class (`package.Class`) for everything, or a function of whole matrices
+(`package.module:update`) for the hidden matrices, with AdamW for the rest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from disttrain.config.algorithms import ALGORITHMS
+from disttrain.config.groups import Custom
+from disttrain.config.matrix_groups import CustomMatrix
+from disttrain.config.optim import OptimConfig, Preset
+from disttrain.errors import UserError
+
+PRESETS: tuple[str, ...] = get_args(Preset)
+OF_ADAMW = {
+    "adamw": 1.0,
+    "adam": 1.0,
+    "ademamix": 1.0,
+    "rmsprop": 1.0,
+    "muon": 1.0,
+    "muonclip": 1.0,
+    "normuon": 1.0,
+    "soap": 1.0,
+    "shampoo": 1.0,
+    "schedule_free_adamw": 2.0,
+    "lion": 0.2,
+}
+"""Where a search begins as a multiple of AdamW's rate, for those whose steps are as long as Adam's (Lion's are longer:
+arXiv 2302.06675 has 3 to 10 times; Schedule-Free's may be longer: arXiv 2405.15682). Others begin at their default."""
+DECAY_WITHOUT_DEFAULT = 0.1
+"""Where the search for a decay begins if the algorithm's own is 0, of which there are no multiples."""
+KEPT = ("clip_norm", "clip", "exchange")
+"""What all rows have of the config's `[optim]`; the rest is each optimizer's own."""
+_NOT_DECAYED = ["role:embeddings", "role:norms", "role:biases"]
+
+
+def check_optimizer(name: str) -> str | None:
+    """What is wrong with a name, in words; None for one that can be tried."""
+    kind = CustomMatrix if ":" in name else Custom if "." in name else None
+    if kind is None:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        known = f"{', '.join(PRESETS)}, package.Class, package.module:update"
+        return None if name in PRESETS else f"optimizer {name!r} is not known{hint} ({known})"
+    try:
+        kind.model_validate({"name": "user", "match": (".*",), "algorithm": name})
+    except ValidationError:
+        return f"optimizer {name!r}: write it as package.Class or package.module:update"
+    return None
+
+
+def optim_section(name: str, rate: float, decay: float, base: OptimConfig) -> dict[str, Any]:
+    """`[optim]` of a row, as JSON: `rate` for all its groups, `decay` for those that decay, clipping as in `base`."""
+    kept = base.model_dump(mode="json", include=set(KEPT))
+    section: dict[str, Any] = {**kept, "lr": rate, "weight_decay": decay}
+    if name in PRESETS:
+        return section | {"preset": name}
+    own, rest = {"name": "matrices", "match": ["role:matrices"], "algorithm": name}, "adamw"
+    if ":" not in name:
+        own, rest = {"name": "decay", "match": [".*"], "algorithm": name}, name
+    spared = {"name": "no_decay", "match": _NOT_DECAYED, "algorithm": rest, "weight_decay": 0.0}
+    if rest == name:
+        return section | {"groups": [spared, own]}
+    return section | {"groups": [own, spared, {"name": "decay", "match": [".*"], "algorithm": rest}]}
+
+
+def centre(name: str, base: OptimConfig) -> tuple[float, float]:
+    """Rate and decay in the middle of a search.
+
+    The config's rate, which its own preset was tuned at, sets those of all algorithms whose steps are like Adam's.
+    """
+    algorithm = ALGORITHMS[{"muonclip": "muon"}.get(name, name)] if name in PRESETS else Custom
+    rate = float(algorithm.model_fields["lr"].default)
+    decay = float(algorithm.model_fields["weight_decay"].default) or DECAY_WITHOUT_DEFAULT
+    if base.lr is not None and name in OF_ADAMW and base.preset in OF_ADAMW:
+        rate = base.lr / OF_ADAMW[base.preset] * OF_ADAMW[name]
+    return rate, decay
+
+
+def multiples(middle: float, factors: tuple[float, ...]) -> tuple[float, ...]:
+    """Rounded to the digits that people write, so that names of folders stay short."""
+    return tuple(float(f"{middle * factor:.4g}") for factor in factors)
+
+
+def grid_of(text: str, option: str) -> tuple[str, tuple[float, ...]]:
+    """`lion=1e-4,3e-4` as a name and its values; UserError in words."""
+    name, equals, values = text.partition("=")
+    if not equals:
+        raise UserError(f"{option} {text!r}: write it as OPTIMIZER=VALUE,VALUE,...; for example lion=1e-4,3e-4,1e-3")
+    return name.strip(), numbers(values, option)
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """Rising numbers of a list with commas; UserError in words."""
+    try:
+        found = tuple(float(part) for part in re.split(r"\s*,\s*", text.strip()))
+    except ValueError:
+        raise UserError(f"{option} {text!r}: must be numbers with commas between them") from None
+    if list(found) != sorted(set(found)) or not all(0 <= value < float("inf") for value in found):
+        raise UserError(f"{option} {text!r}: must rise and not be below 0, each number once")
+    return found
