@@ -19,21 +19,9 @@ from disttrain.config.optim import OptimConfig, Preset
 from disttrain.errors import UserError
 
 PRESETS: tuple[str, ...] = get_args(Preset)
-OF_ADAMW = {
-    "adamw": 1.0,
-    "adam": 1.0,
-    "ademamix": 1.0,
-    "rmsprop": 1.0,
-    "muon": 1.0,
-    "muonclip": 1.0,
-    "normuon": 1.0,
-    "soap": 1.0,
-    "shampoo": 1.0,
-    "schedule_free_adamw": 2.0,
-    "lion": 0.2,
-}
-"""Where a search begins as a multiple of AdamW's rate, for those whose steps are as long as Adam's (Lion's are longer:
-arXiv 2302.06675 has 3 to 10 times; Schedule-Free's may be longer: arXiv 2405.15682). Others begin at their default."""
+OF_ADAMW = {"rmsprop": 1.0, "soap": 1.0, "schedule_free_adamw": 2.0, "lion": 0.2}
+"""Where a search begins as a multiple of AdamW's rate: steps as long as Adam's; may be longer (arXiv 2405.15682); 3 to
+10 times shorter (arXiv 2302.06675). For others it is the ratio of the defaults."""
 DECAY_WITHOUT_DEFAULT = 0.1
 """Where the search for a decay begins if the algorithm's own is 0, of which there are no multiples."""
 KEPT = ("clip_norm", "clip", "exchange")
@@ -72,16 +60,24 @@ def optim_section(name: str, rate: float, decay: float, base: OptimConfig) -> di
 
 
 def centre(name: str, base: OptimConfig) -> tuple[float, float]:
-    """Rate and decay in the middle of a search.
+    """Rate and decay in the middle of a search: the defaults, times what the config's rate is of that of its preset.
 
-    The config's rate, which its own preset was tuned at, sets those of all algorithms whose steps are like Adam's.
+    A model that wants ten times AdamW's default, because it is small, say, wants about ten times those of others too.
     """
+    rate, decay = _defaults(name)
+    if name in PRESETS and base.lr is not None and not base.groups:
+        rate = base.lr / _of_adamw(base.preset) * _of_adamw(name)
+    return rate, decay or DECAY_WITHOUT_DEFAULT
+
+
+def _of_adamw(name: str) -> float:
+    return OF_ADAMW.get(name) or _defaults(name)[0] / _defaults("adamw")[0]
+
+
+def _defaults(name: str) -> tuple[float, float]:
+    """Rate and decay of an algorithm that nobody has tuned."""
     algorithm = ALGORITHMS[{"muonclip": "muon"}.get(name, name)] if name in PRESETS else Custom
-    rate = float(algorithm.model_fields["lr"].default)
-    decay = float(algorithm.model_fields["weight_decay"].default) or DECAY_WITHOUT_DEFAULT
-    if base.lr is not None and name in OF_ADAMW and base.preset in OF_ADAMW:
-        rate = base.lr / OF_ADAMW[base.preset] * OF_ADAMW[name]
-    return rate, decay
+    return float(algorithm.model_fields["lr"].default), float(algorithm.model_fields["weight_decay"].default)
 
 
 def multiples(middle: float, factors: tuple[float, ...]) -> tuple[float, ...]:
