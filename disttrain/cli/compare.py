@@ -115,8 +115,6 @@ def _check_own_optimizers(plan: Plan) -> None:
 
 
 def _run(base: RunConfig, plan: Plan, place: ComparisonFolder) -> list[RowResult]:
-    import disttrain.train.run  # noqa: F401  forked runs find torch imported
-
     with StopRequest() as stop:
         runner = Runner(base, plan, place, partial(_train, stop), partial(print, flush=True), lambda: stop.wanted)
         try:
@@ -129,6 +127,8 @@ def _run(base: RunConfig, plan: Plan, place: ComparisonFolder) -> list[RowResult
 
 def _train(stop: StopRequest, config: RunConfig, log: Path) -> None:
     """In a process of its own, whose end is no end of ours. A request to stop is passed on."""
+    import disttrain.train.run  # noqa: F401  forked runs find torch imported
+
     child = multiprocessing.get_context("fork").Process(target=_child, args=(partial(start_run, config), log))
     child.start()
     told = False

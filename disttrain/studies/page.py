@@ -13,7 +13,7 @@ from disttrain.studies.tables import cells, header, notes, warnings
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1080px; padding: 16px; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1280px; padding: 16px; color: #222 }
 h1 { font-size: 24px } h2 { font-size: 18px; margin-top: 32px }
 table { border-collapse: collapse; font-size: 14px }
 th, td { text-align: left; padding: 5px 10px; border-bottom: 1px solid #ddd }
@@ -31,8 +31,8 @@ def page(plan: Plan, results: Sequence[RowResult], command: str) -> str:
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="note">Protocol {plan.protocol}.{small} <code>{escape(command)}</code></p>',
-        *(f'<p class="warning">{escape(warning)}</p>' for warning in warnings(results)),
         _table(header(plan), [cells(plan, result) for result in results], dots=True),
+        *(f'<p class="warning">{escape(warning)}</p>' for warning in warnings(results)),
         *(f'<p class="note">{escape(note)}</p>' for note in notes(plan)),
         "<h2>Differences, seed by seed</h2>",
         intervals_svg(plan, results),

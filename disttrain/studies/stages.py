@@ -66,16 +66,25 @@ def edge_warnings(plan: Plan, row: Row, losses: Losses) -> list[str]:
     best = best_setting(plan, row, losses)
     if best is None or not row.searched:
         return []
-    found = []
-    for name, value, grid in (("lr", best.rate, row.rates), ("weight decay", best.decay, row.decays)):
-        at_low_end = value == grid[0] and value > 0
-        if at_low_end or value == grid[-1]:
-            side = "smallest" if at_low_end else "largest"
-            found.append(
-                f"{row.label}: the best {name} {value:g} is the {side} of its grid, so the optimum may lie beyond: "
-                "its result is a bound, widen the grid"
-            )
-    return found
+    tried = trials(plan, row, losses)
+    decay = best.decay if plan.search == "grid" else row.middle_decay
+    rates = {cell.rate: losses[cell] for cell in tried if cell.decay == decay}
+    decays = {cell.decay: losses[cell] for cell in tried if cell.rate == best.rate}
+    found = _at_edge("lr", best.rate, row.rates, rates), _at_edge("weight decay", best.decay, row.decays, decays)
+    return [f"{row.label}: {warning}" for warning in found if warning]
+
+
+def _at_edge(name: str, value: float, grid: tuple[float, ...], losses: Mapping[float, float]) -> str:
+    """A warning, with what the edge is ahead of the value beside it; "" inside the grid, and at 0."""
+    at_low_end = value == grid[0] and value > 0
+    if not at_low_end and value != grid[-1]:
+        return ""
+    side, neighbour = ("smallest", grid[1]) if at_low_end else ("largest", grid[-2])
+    ahead = losses[neighbour] - losses[value]
+    return (
+        f"the best {name} {value:g} is the {side} of its grid, {ahead:.4f} ahead of {neighbour:g}: the optimum may lie "
+        "beyond, and the row may be better than shown; widen the grid"
+    )
 
 
 def _best(cells: list[Cell], losses: Losses) -> Setting | None:
