@@ -39,7 +39,7 @@ def run_config(base: RunConfig, protocol: Protocol, tokens: int, row: Row, cell:
     steps = -(-tokens // batch)
     table["run"] = {"name": cell.name, "dir": folder, "resume": "auto"}
     table["train"] |= {"steps": None, "tokens": tokens, "seed": cell.seed, "global_batch_tokens": batch}
-    table["optim"] = optim_section(row.optimizer, cell.rate, cell.decay, base.optim)
+    table["optim"] = optim_section(row.optimizer, cell.rate, cell.decay, base)
     table["schedule"] |= _schedule(base, row)
     table["checkpoint"]["keep_last"] = 1
     every = max(1, steps // PROTOCOLS[protocol].evaluations)

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from disttrain.config import RunConfig
 from disttrain.config.algorithms import ALGORITHMS
 from disttrain.config.groups import Custom
 from disttrain.config.matrix_groups import CustomMatrix
@@ -26,7 +27,6 @@ DECAY_WITHOUT_DEFAULT = 0.1
 """Where the search for a decay begins if the algorithm's own is 0, of which there are no multiples."""
 KEPT = ("clip_norm", "clip", "exchange")
 """What all rows have of the config's `[optim]`; the rest is each optimizer's own."""
-_NOT_DECAYED = ["role:embeddings", "role:norms", "role:biases"]
 
 
 def check_optimizer(name: str) -> str | None:
@@ -44,19 +44,19 @@ def check_optimizer(name: str) -> str | None:
     return None
 
 
-def optim_section(name: str, rate: float, decay: float, base: OptimConfig) -> dict[str, Any]:
+def optim_section(name: str, rate: float, decay: float, base: RunConfig) -> dict[str, Any]:
     """`[optim]` of a row, as JSON: `rate` for all its groups, `decay` for those that decay, clipping as in `base`."""
-    kept = base.model_dump(mode="json", include=set(KEPT))
+    kept = base.optim.model_dump(mode="json", include=set(KEPT))
     section: dict[str, Any] = {**kept, "lr": rate, "weight_decay": decay}
     if name in PRESETS:
         return section | {"preset": name}
-    own, rest = {"name": "matrices", "match": ["role:matrices"], "algorithm": name}, "adamw"
-    if ":" not in name:
-        own, rest = {"name": "decay", "match": [".*"], "algorithm": name}, name
-    spared = {"name": "no_decay", "match": _NOT_DECAYED, "algorithm": rest, "weight_decay": 0.0}
-    if rest == name:
-        return section | {"groups": [spared, own]}
-    return section | {"groups": [own, spared, {"name": "decay", "match": [".*"], "algorithm": rest}]}
+    # As presets have it: embeddings, norms and biases do not decay. Rules of a config must match something.
+    rest = "adamw" if ":" in name else name
+    groups = [{"name": "matrices", "match": ["role:matrices"], "algorithm": name}]
+    if not base.model.tie_embeddings:
+        groups.append({"name": "decay", "match": ["role:head"], "algorithm": rest})
+    spared = {"name": "no_decay", "match": [".*"], "algorithm": rest, "weight_decay": 0.0}
+    return section | {"groups": [*groups, spared]}
 
 
 def centre(name: str, base: OptimConfig) -> tuple[float, float]:

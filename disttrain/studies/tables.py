@@ -131,7 +131,8 @@ def _searches(results: Sequence[RowResult]) -> list[str]:
 
 
 def as_json(plan: Plan, results: Sequence[RowResult], command: str) -> str:
-    rows = [_plain(asdict(result)) | {"verdict": verdict(plan, result)} for result in results]
+    said = [None if result.row == plan.baseline else verdict(plan, result) for result in results]
+    rows = [_plain(asdict(result)) | {"verdict": word} for result, word in zip(results, said, strict=True)]
     about = {"command": command, "plan": plan.stored(), "notes": notes(plan), "warnings": warnings(results)}
     return json.dumps({**about, "rows": rows}, indent=1, allow_nan=False) + "\n"
 

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from disttrain.errors import UserError
+from disttrain.models.sharding_plan import GPT_PLAN
+from disttrain.optim.param_groups import assign_groups
 from disttrain.studies.cells import cell_config
 from disttrain.studies.folder import ComparisonFolder
 from disttrain.studies.optimizers import PRESETS, centre, check_optimizer
 from disttrain.studies.plan import Cell, plan_from
 from disttrain.studies.request import build_plan
 from disttrain.studies.stages import rate_trials
+from disttrain.train.build import build_gpt
 from tests.studies.toys import base, plan, request
 
 REFUSED = [
@@ -156,3 +160,18 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("[]")
     with pytest.raises(UserError, match="is no plan of a comparison"):
         ComparisonFolder(tmp_path).check(plan())
+
+
+@pytest.mark.parametrize("name", ["torch.optim.NAdam", "tests.studies.toys:own_update"])
+@pytest.mark.parametrize("model", [{}, {"bias": False}, {"tie_embeddings": False, "norm": "rmsnorm"}])
+def test_groups_of_own_optimizers_fit_every_model(name: str, model: dict[str, Any]) -> None:
+    """Every rule matches, and what decays is what decays under a preset."""
+    config = base(model=model)
+    found = build_plan(request(f"muon,{name}"), config)
+    owned = []
+    for row in found.rows:
+        optim = cell_config(config, found, rate_trials(found, row)[0], "x").optim
+        gpt = build_gpt(config.model.model_copy(update={"vocab_size": 257}), 32, torch.device("cpu"))
+        groups = assign_groups(gpt.named_parameters(), optim.resolved_groups, GPT_PLAN.roles, not optim.groups)
+        owned.append({name for group, members in groups if group.weight_decay for name in members})
+    assert owned[0] == owned[1] != set()
