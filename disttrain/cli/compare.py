@@ -38,6 +38,7 @@ from disttrain.studies.tables import as_json, cells, header, markdown, notes, wa
 from disttrain.train.preflight import prepare_run
 
 LOOK_SECONDS = 0.2
+WIDE = 200
 
 
 def compare_command(
@@ -167,7 +168,8 @@ def _write(plan: Plan, results: list[RowResult], place: ComparisonFolder, comman
         table.add_column(column)
     for result in results:
         table.add_row(*cells(plan, result))
-    Console(soft_wrap=True).print(table)
+    # A file has no width, and a table that is folded to 80 columns cannot be read.
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
     for line in (*notes(plan), *(f"warning: {warning}" for warning in warnings(results))):
         print(line)
     print(f"{place.path}: result.json, table.md, compare.svg, compare.html")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
 
 from disttrain.config import RunConfig
 from disttrain.config.load import flat_items
+from disttrain.config.optim import OptimConfig
 from disttrain.errors import UserError
+from disttrain.schedule.batch_law import scale_by_batch
 from disttrain.studies.optimizers import centre, optim_section
-from disttrain.studies.plan import PROTOCOLS, Cell, Plan, Protocol, Row
+from disttrain.studies.plan import BATCH_RULES, PROTOCOLS, Cell, Plan, Protocol, Row, Rule
 
 NOT_OF_THE_GROUND = (
     "device",
@@ -73,6 +76,18 @@ def _without_nulls(table: dict[str, Any]) -> dict[str, Any]:
 def _words(detail: Any) -> str:
     place = ".".join(str(part) for part in detail["loc"])
     return f"{place}: {detail['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+
+
+def rules_that_hold(base: RunConfig, name: str, multiple: int) -> list[Rule]:
+    """What a batch so many times as large can go by: sqrt_full not where it would make a beta negative."""
+    groups = OptimConfig.model_validate(optim_section(name, *centre(name, base.optim), base)).resolved_groups
+    found: list[Rule] = []
+    for rule in BATCH_RULES:
+        with suppress(ValueError):
+            for group in groups:
+                scale_by_batch(rule, multiple, getattr(group, "betas", None))
+            found.append(rule)
+    return found
 
 
 def base_problems(base: RunConfig, tokens: int, multiples: set[int]) -> list[str]:

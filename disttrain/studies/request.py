@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from disttrain.config import RunConfig
 from disttrain.errors import UserError
-from disttrain.studies.cells import base_problems, ground_of, run_config
+from disttrain.studies.cells import base_problems, ground_of, rules_that_hold, run_config
 from disttrain.studies.optimizers import centre, check_optimizer, grid_of, multiples, numbers
-from disttrain.studies.plan import BATCH_MULTIPLES, BATCH_RULES, PROTOCOLS, Cell, Plan, Protocol, Row, Search
+from disttrain.studies.plan import BATCH_MULTIPLES, PROTOCOLS, Cell, Plan, Protocol, Row, Search
 
 FIXED_BY_TRACK = ("model.", "data.", "train.global_batch_tokens", "train.sequence_length")
 """The public optimizer track fixes data, model and batch; a config that has them is compared as it stands."""
@@ -136,7 +136,7 @@ def _rows(request: Request, base: RunConfig, names: list[str], protocol: Protoco
             Row(f"{row.label} {multiple}B {rule}", row.optimizer, row.rates, row.decays, multiple, rule)
             for row in searched
             for multiple in BATCH_MULTIPLES
-            for rule in BATCH_RULES
+            for rule in rules_that_hold(base, row.optimizer, multiple)
         ]
     elif len(rows) < 2:
         raise UserError(f"--optimizers {names[0]}: a comparison needs two at least, the baseline first")

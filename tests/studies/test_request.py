@@ -121,11 +121,11 @@ def test_batch_law_rows() -> None:
     found = build_plan(request(None, batch_law=True), config)
     labels = [row.label for row in found.rows]
     assert labels[:3] == ["adamw", "adamw 4B none", "adamw 4B sqrt"]
-    assert len(labels) == 9
+    assert labels[5:] == ["adamw 16B none", "adamw 16B sqrt", "adamw 16B linear"]  # 1 - 16 (1 - 0.9) is no beta
     assert found.search_cells == 7
-    large = cell_config(config, found, Cell("adamw 16B sqrt_full", 1e-3, 0.1, 8), "x")
+    large = cell_config(config, found, Cell("adamw 16B sqrt", 1e-3, 0.1, 8), "x")
     assert (large.train.global_batch_tokens, large.train.tokens) == (4096, 102_400)
-    assert (large.schedule.base_batch_tokens, large.schedule.batch_lr_rule) == (256, "sqrt_full")
+    assert (large.schedule.base_batch_tokens, large.schedule.batch_lr_rule) == (256, "sqrt")
     assert large.schedule.matrix_lr_rule == "sqrt"
     assert (large.schedule.warmup_steps, large.schedule.warmup_tokens) == (None, 1024)
     small = cell_config(config, found, Cell("adamw", 1e-3, 0.1, 8), "x")

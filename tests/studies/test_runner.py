@@ -108,6 +108,16 @@ def test_a_folder_grows(tmp_path: Path) -> None:
     assert all("lion" in name or name.endswith("seed11") for name in train.trained)
 
 
+def test_rows_of_larger_batches_go_by_the_search_at_the_batch_itself(tmp_path: Path) -> None:
+    found, train = plan(None, batch_law=True, tokens=40_960), ToyTrainer()
+    results = compared(found, tmp_path, train)
+    assert len(train.trained) == 7 + 8 * 3
+    assert {(result.best.rate, result.best.decay) for result in results if result.best} == {(3e-4, 0.1)}
+    assert [result.trials == () for result in results] == [False, *[True] * 7]
+    assert [verdict(found, result) for result in results[1:]] == ["not distinguishable"] * 7
+    assert "- adamw 4B" not in markdown(found, results, "c")
+
+
 def test_a_wish_to_stop_is_obeyed_between_runs(tmp_path: Path) -> None:
     train = ToyTrainer()
     work = runner(plan(), tmp_path, train, stopped=lambda: len(train.trained) == 5)

@@ -73,7 +73,7 @@ class ToyTrainer:
             ahead = 3 * (1 - step / steps)
             rows += [
                 {"step": step, "forward_seconds": 1.0, "backward_seconds": 2.0, "optimizer_seconds": 0.5},
-                {"step": step, "tokens": step * 256, "validation_loss": loss + ahead},
+                {"step": step, "tokens": step * config.train.global_batch_tokens, "validation_loss": loss + ahead},
             ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         status = {"state": "completed", "step": steps, "wall_seconds": 2.0}
