@@ -72,7 +72,7 @@ def compare_command(
     """Compare optimizers: equal budgets and searches, several seeds, verdicts with intervals."""
     if read_ranks() is not None:
         raise UserError("disttrain compare starts its runs itself: call it without a launcher, on each machine once")
-    base = load_config(config, overrides or [], check_layout=False).config
+    base = load_config(config, overrides or []).config
     request = Request(
         protocol, search, optimizers, tokens, seeds, target, batch_law, rate_factors, decay_factors,
         tuple(rates or ()), tuple(decays or ()), tuple(overrides or ()),
@@ -84,7 +84,7 @@ def compare_command(
     first = rate_trials(plan, plan.baseline)[0]
     prepare_run(cell_config(base, plan, first, str(place.cell(first))))
     command = "disttrain " + shlex.join(sys.argv[1:])
-    seconds = estimated_seconds(base, plan) if base.device != "cuda" else None
+    seconds = estimated_seconds(base, plan)
     place.write_plan(plan, command, seconds)
     for line in plan.lines():
         print(line)
@@ -98,7 +98,7 @@ def compare_command(
 
 def _time(seconds: float | None, place: ComparisonFolder) -> str:
     if seconds is None:
-        return f"on CUDA the time is known after the first run; everything lies in {place.path}"
+        return f"how long it takes on GPUs is known after the first run; all of it in {place.path}"
     said = f"{seconds / 60:,.0f} minutes" if seconds >= 120 else f"{seconds:,.0f} seconds"
     return (
         f"estimated for this processor, from a matrix product: {said}, or a few times that; all of it in {place.path}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -12,14 +13,18 @@ from disttrain.studies.cells import run_config
 from disttrain.studies.optimizers import centre
 from disttrain.studies.plan import Cell, Plan
 
+_NVIDIA = Path("/dev/nvidiactl")
 _SIDE, _TRIALS = 512, 5
 _SHARE_OF_PRODUCTS = 0.5
 """Of what matrix products alone reach, in training."""
 _START_SECONDS = 3.0
 
 
-def estimated_seconds(base: RunConfig, plan: Plan) -> float:
-    """Of all runs one after the other on this machine's processor, right within a factor of a few."""
+def estimated_seconds(base: RunConfig, plan: Plan) -> float | None:
+    """Of all runs one after the other on this machine's processor, right within a factor of a few; None for GPUs, which
+    are not tried before there is a run."""
+    if base.device == "cuda" or (base.device == "auto" and _NVIDIA.exists()):
+        return None
     row = plan.baseline
     config = run_config(
         base, plan.protocol, plan.tokens, row, Cell(row.label, *centre(row.optimizer, base.optim), 0), ""

@@ -28,8 +28,9 @@ AHEAD = {"muon": -0.2, "lion": 0.001}
 """Of AdamW; Lion is within the noise of seeds."""
 
 
-def base(**sections: dict[str, Any]) -> RunConfig:
-    return RunConfig.model_validate({**BASE, **{key: BASE.get(key, {}) | more for key, more in sections.items()}})
+def base(device: str = "cpu", **sections: dict[str, Any]) -> RunConfig:
+    merged = {key: BASE.get(key, {}) | more for key, more in sections.items()}
+    return RunConfig.model_validate({**BASE, **merged, "device": device})
 
 
 def request(optimizers: str | None = "adamw,muon", **said: Any) -> Request:
