@@ -131,3 +131,26 @@ if __name__ == "__main__":
     ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert ended.stdout == "0\n", ended.stderr
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {str(rank): "6" for rank in range(6)}
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_stop_signal_ended_a_rank_that_was_done_and_the_agent_waited_for_it(number: str) -> None:
+    """It collects results a moment later: by a condition that waits for all who wait at it."""
+    code = f"""
+import os, signal, threading
+from disttrain.cli.train import await_collection
+from disttrain.launching import elastic
+from disttrain.resilience import StopRequest
+
+elastic._agent_options = lambda: {{"signals_to_handle": "SIGQUIT", "monitor_interval": 2.0}}
+
+def entry(parent):
+    await_collection(parent)
+    threading.Timer(0.5, os.kill, (parent, signal.{number})).start()
+
+if __name__ == "__main__":
+    with StopRequest() as stop:
+        print(elastic.launch_ranks(entry, (os.getpid(),), 1, "cpu", stop).code)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "0\n", ended.stderr

@@ -9,6 +9,7 @@ from contextlib import suppress
 import typer
 
 from disttrain.cli.checkpoint import checkpoint_app
+from disttrain.cli.compare import compare_command
 from disttrain.cli.config import config_command
 from disttrain.cli.doctor import doctor_command
 from disttrain.cli.evaluate import evaluate_command
@@ -36,6 +37,7 @@ app.command("verify")(verify_command)
 app.command("doctor")(doctor_command)
 app.command("report")(report_command)
 app.command("launch")(launch_command)
+app.command("compare")(compare_command)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 

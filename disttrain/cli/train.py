@@ -11,6 +11,7 @@ import traceback
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -45,7 +46,7 @@ def train_command(
     """Train a model; resume it when its run folder holds a checkpoint."""
     ranks = read_ranks()
     if ranks is None:
-        sys.exit(_start(load_config(config, overrides or [], nproc=nproc).config))
+        sys.exit(start_run(load_config(config, overrides or [], nproc=nproc).config))
     if nproc not in (None, ranks.local_world):
         raise UserError(
             f"--nproc {nproc}, but a launcher has started {ranks.local_world} processes here already: leave it out"
@@ -62,7 +63,7 @@ def train_command(
     os._exit(code)
 
 
-def _start(config: RunConfig) -> int:
+def start_run(config: RunConfig) -> int:
     """Be the parent: check everything that needs no torch, then start the ranks and answer for them."""
     folder = RunFolder(config.run_dir)
     with folder.owned():
@@ -186,9 +187,22 @@ def _print_notes(run: PreparedRun) -> None:
 def rank_main(run: PreparedRun, parent: int) -> None:
     """What a rank that `disttrain train` started runs; what it has come to stands in status.json."""
     _run_rank(run, read_ranks() or Ranks(), ours=True)
-    # torch's agent holds a function that returned until it has collected all ranks' results. A parent that died must
-    # not leave us behind: torch has us get SIGINT at its death.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    await_collection(parent)
+
+
+def await_collection(parent: int) -> None:
+    """A rank that is done has nothing to stop, but a parent that died must not leave it behind.
+
+    torch's agent holds a function that returned until it has collected all ranks' results, by a condition that awaits
+    all who wait at it: for ever, when a stop signal ends us there. Of its death torch tells us by SIGINT.
+    """
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if os.getppid() != parent:
+            os._exit(EXIT_DONE)
+
+    for number in heard_signals():
+        signal.signal(number, on_signal)
     if os.getppid() != parent:
         os._exit(EXIT_DONE)
 
