@@ -117,6 +117,7 @@ class GradientClipper:
         for rule, decision, held, extra in zip(self.rules, decisions, self._held, on_top, strict=True):
             held.multiply(rule.parts, decision.factors * extra * unscale)
             rule.finish(held)
+            held.forget()
         squares = torch.stack([part.sum() for part in parts])
         clipped = [
             ((decision.factors * extra).square() * part).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from disttrain.distributed.mesh import build_mesh
 from disttrain.engines import NativeEngine, UpdateResult
 from disttrain.models import GPT_PLAN
 from disttrain.optim import build_optimizer
+from disttrain.optim.sharding import local
 from disttrain.parallel import set_gradient_sync
 from disttrain.testing.collectives import CollectiveCounter
 from disttrain.testing.parity import LENGTH, MODELS, OPTIM
@@ -96,7 +98,19 @@ def step_traffic(rank: int, world: int, settings: dict[str, Any]) -> dict[str, A
     with CollectiveCounter() as counter:
         train_step(engine, [(tokens, tokens)] * 3, lr_factor=1.0, device=CPU)
     shapes = [tuple(p.shape) for p in engine.module.parameters()]
-    return {"calls": dict(counter.calls), "bytes": dict(counter.bytes), "shapes": shapes}
+    root = [tuple(p.shape) for name, p in engine.module.named_parameters() if not name.startswith("blocks.")]
+    return {"calls": dict(counter.calls), "bytes": dict(counter.bytes), "shapes": shapes, "root_shapes": root}
+
+
+def gradients_that_stay(rank: int, world: int) -> int:
+    """How many of a step's sharded gradients somebody still holds after it."""
+    engine = engine_of(world, {"strategy": "fsdp"})
+    engine.keeps = False
+    rank_loss(engine.model, rank).backward()
+    gradients = [weakref.ref(local(p.grad)) for p in engine.module.parameters() if p.grad is not None]
+    assert gradients
+    engine.finish_step(1.0)
+    return sum(gradient() is not None for gradient in gradients)
 
 
 def gradients_by_share(rank: int, world: int, settings: dict[str, Any], shares: list[list[int]]) -> dict[str, Any]:

@@ -109,6 +109,11 @@ def test_step_gradient_is_that_of_the_mean_over_all_tokens(
         assert seen["largest"] > 1e-3
 
 
+def test_nobody_holds_gradients_beyond_their_step(pool: RankPool) -> None:
+    """They would be there, beside the next ones, in the backward in which memory is highest."""
+    assert pool.run(JOBS + "gradients_that_stay", 2) == [0, 0]
+
+
 def test_a_global_batch_without_any_token_gives_zero_gradients(pool: RankPool) -> None:
     for seen in pool.run(JOBS + "no_tokens_at_all", 2):
         assert seen == 0.0
