@@ -65,6 +65,7 @@ COUNT_BYTES = 4 * 8
 M_MMAP_THRESHOLD = -3
 
 Settings = dict[str, Any]
+Shapes = list[tuple[int, ...]]
 
 
 class Seconds(NamedTuple):
@@ -173,7 +174,7 @@ def memory_and_traffic(rank: int, world: int, settings: Settings) -> dict[str, A
             take_step(engine, rank)
         gc.collect()
     process_peak = peak_resident_bytes() - before
-    shapes = [tuple(parameter.shape) for parameter in engine.module.parameters()]
+    shapes = {name: tuple(parameter.shape) for name, parameter in engine.module.named_parameters()}
     counted = {kind: counter.bytes[kind] for kind in KINDS}
     return {
         "bytes": counted,
@@ -182,7 +183,8 @@ def memory_and_traffic(rank: int, world: int, settings: Settings) -> dict[str, A
         "alive": live.now,
         "peak": live.peak,
         "process_peak": process_peak,
-        "shapes": shapes,
+        "shapes": [*shapes.values()],
+        "root_shapes": [shape for name, shape in shapes.items() if not name.startswith("blocks.")],
     }
 
 
@@ -228,12 +230,15 @@ def step_seconds(rank: int, world: int, cases: dict[str, Settings], rounds: int)
 # What they should have sent and held.
 
 
-def formula_bytes(settings: Settings, world: int, shapes: list[tuple[int, ...]]) -> dict[str, int]:
+def formula_bytes(settings: Settings, world: int, shapes: Shapes, root_shapes: Shapes) -> dict[str, int]:
     """The table of docs/strategies.md."""
     parallel = ParallelConfig(**settings)
     shards = world // (parallel.dp_replicate or 1)
     gathered, reduced = _itemsize(parallel.param_dtype), _itemsize(parallel.reduce_dtype)
-    padded = sum(math.ceil(rows / shards) * shards * math.prod(rest) for rows, *rest in shapes)
+    padded, root = (
+        sum(math.ceil(rows / shards) * shards * math.prod(rest) for rows, *rest in part)
+        for part in (shapes, root_shapes)
+    )
     sent = dict.fromkeys(KINDS, 0)
     sent["all_reduce"] = COUNT_BYTES + 8 * (2 + len(shapes))
     if parallel.strategy == "ddp":
@@ -241,7 +246,7 @@ def formula_bytes(settings: Settings, world: int, shapes: list[tuple[int, ...]])
         return sent
     fsdp = parallel.strategy in ("fsdp", "hsdp")
     each = parallel.strategy == "zero2" or (fsdp and parallel.grad_accumulation != "unsharded")
-    sent["all_gather"] = gathered * padded * (2 * ACCUMULATION if fsdp else 1)
+    sent["all_gather"] = gathered * (ACCUMULATION * (2 * padded - root) if fsdp else padded)
     sent["reduce_scatter"] = reduced * padded * (ACCUMULATION if each else 1)
     if parallel.strategy == "hsdp":
         sent["all_reduce"] += reduced * padded // shards
@@ -252,7 +257,7 @@ def _itemsize(precision: str) -> int:
     return (DTYPES[precision] or torch.float32).itemsize
 
 
-def formula_held(settings: Settings, world: int, shapes: list[tuple[int, ...]]) -> int:
+def formula_held(settings: Settings, world: int, shapes: Shapes) -> int:
     """12 bytes for each element of the largest shard, and a step count for each tensor."""
     shards = 1 if settings["strategy"] == "ddp" else world // settings.get("dp_replicate", 1)
     return sum(12 * math.ceil(rows / shards) * math.prod(rest) + 4 for rows, *rest in shapes)
@@ -308,7 +313,7 @@ def ratios(seconds: list[dict[str, Seconds]], name: str, baseline: str) -> dict[
 def row(name: str, settings: Settings, ranks: list[dict[str, Any]], times: dict[str, Any]) -> dict[str, Any]:
     """One case: the largest rank's bytes, and whether they are those of the formulas."""
     world, shapes = len(ranks), ranks[0]["shapes"]
-    sent, held = formula_bytes(settings, world, shapes), formula_held(settings, world, shapes)
+    sent, held = formula_bytes(settings, world, shapes, ranks[0]["root_shapes"]), formula_held(settings, world, shapes)
     counted_held = max(rank["held"] for rank in ranks)
     return {
         "case": name,

@@ -25,9 +25,10 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, config: P
     )
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.cpu_offload else OffloadPolicy()
     reshard = SyncRules.of(config).reshard_after_forward
-    for unit in (*plan.units(model), model):
-        # Said for the root too: its default keeps gathered weights after a forward, which later writes do not reach.
+    for unit in plan.units(model):
         fully_shard(unit, mesh=axes, reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload)
+    # The backward begins with the root's weights: freed after the forward, they would be gathered again at once.
+    fully_shard(model, mesh=axes, reshard_after_forward=False, mp_policy=precision, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

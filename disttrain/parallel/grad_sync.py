@@ -16,7 +16,7 @@ class SyncRules:
     """What tells the sharded strategies apart; docs/strategies.md counts what follows from it."""
 
     reshard_after_forward: bool
-    """Gathered weights are freed between forward and backward."""
+    """Gathered weights of blocks are freed between forward and backward; the root's never are."""
     reduce_each: bool
     """Gradients are reduced after every microbatch, not only after the last one."""
     free_each: bool
