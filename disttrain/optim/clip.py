@@ -147,8 +147,7 @@ class GradientClipper:
 
     def _rule(self, group: Mapping[str, Any], names: list[str]) -> ClipRule:
         clip: Clip | None = group["config"].clip
-        count = len(names)
-        device = local(group["params"][0]).device
+        count, device = len(names), local(group["params"][0]).device
         if isinstance(clip, ClipValue):
             return ValueRule(clip, count)
         if isinstance(clip, ClipNorm):
