@@ -49,7 +49,7 @@ from disttrain.models import GPT_PLAN
 from disttrain.optim import build_optimizer
 from disttrain.parallel.precision import DTYPES
 from disttrain.testing import RankPool
-from disttrain.testing.collectives import CollectiveCounter
+from disttrain.testing.collectives import CollectiveCounter, sharded_traffic
 from disttrain.train.build import build_model
 from disttrain.train.step import train_step
 
@@ -175,10 +175,11 @@ def memory_and_traffic(rank: int, world: int, settings: Settings) -> dict[str, A
         gc.collect()
     process_peak = peak_resident_bytes() - before
     shapes = {name: tuple(parameter.shape) for name, parameter in engine.module.named_parameters()}
-    counted = {kind: counter.bytes[kind] for kind in KINDS}
+    shards = world // (settings.get("dp_replicate") or 1)
+    moved = sharded_traffic(counter, shards)[1]
     return {
-        "bytes": counted,
-        "others": sorted(set(counter.bytes) - set(KINDS)),
+        "bytes": {kind: moved.get(kind, 0) for kind in KINDS},
+        "others": sorted(set(moved) - set(KINDS)),
         "held": held_bytes(engine),
         "alive": live.now,
         "peak": live.peak,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from disttrain.config import ParallelDims
 from disttrain.config.parallel import ParallelConfig
@@ -18,7 +19,7 @@ from disttrain.models import GPT_PLAN
 from disttrain.optim import build_optimizer
 from disttrain.optim.sharding import local
 from disttrain.parallel import set_gradient_sync
-from disttrain.testing.collectives import CollectiveCounter
+from disttrain.testing.collectives import CollectiveCounter, sharded_traffic
 from disttrain.testing.parity import LENGTH, MODELS, OPTIM
 from disttrain.train.build import build_model
 from disttrain.train.step import train_step
@@ -84,7 +85,7 @@ def unsynced_until_last(rank: int, world: int, settings: dict[str, Any]) -> list
         with CollectiveCounter() as counter:
             set_gradient_sync(engine.model, index == 2, engine.rules)
             rank_loss(engine.model, rank).backward()
-        counted.append(dict(counter.calls))
+        counted.append(sharded_traffic(counter, shards_of(engine))[0])
     return counted
 
 
@@ -99,7 +100,13 @@ def step_traffic(rank: int, world: int, settings: dict[str, Any]) -> dict[str, A
         train_step(engine, [(tokens, tokens)] * 3, lr_factor=1.0, device=CPU)
     shapes = [tuple(p.shape) for p in engine.module.parameters()]
     root = [tuple(p.shape) for name, p in engine.module.named_parameters() if not name.startswith("blocks.")]
-    return {"calls": dict(counter.calls), "bytes": dict(counter.bytes), "shapes": shapes, "root_shapes": root}
+    calls, moved = sharded_traffic(counter, shards_of(engine))
+    return {"calls": calls, "bytes": moved, "shapes": shapes, "root_shapes": root}
+
+
+def shards_of(engine: NativeEngine) -> int:
+    parameter = next(engine.module.parameters())
+    return parameter.device_mesh.size(-1) if isinstance(parameter, DTensor) else 1
 
 
 def gradients_that_stay(rank: int, world: int) -> int:
