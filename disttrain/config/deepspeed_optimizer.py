@@ -77,7 +77,7 @@ def _warmup(t: Translation, kind: str) -> float | None:
         t.set("schedule.final_ratio", 0.0, "WarmupDecayLR ends at 0")
         peak = 1e-3 if peak is None and f"{params}.warmup_max_lr" not in t.left_open else peak
     if end is not None:
-        own = {"train.steps", "train.tokens"} & t.overrides.keys()
+        own = {"train.steps", "train.tokens"} & t.overrides.keys() and t.overrides.get("train.steps") != end
         t.set("schedule.horizon_steps" if own else "train.steps", end, f"{params}.total_num_steps")
     return peak
 
