@@ -120,6 +120,23 @@ def gradients_that_stay(rank: int, world: int) -> int:
     return sum(gradient() is not None for gradient in gradients)
 
 
+def moved_gradients(rank: int, world: int) -> int:
+    """How many of DDP's gradients lie outside its buckets after a microbatch that is not a step's last."""
+    engine = engine_of(world, {"strategy": "ddp"})
+    engine.keeps = False
+    tokens = torch.zeros(2, LENGTH, dtype=torch.int64)
+    for _ in range(2):
+        train_step(engine, [(tokens, tokens)] * 2, lr_factor=1.0, device=CPU)
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    in_buckets = [gradient.data_ptr() for gradient in gradients]
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients)
+    set_gradient_sync(engine.model, False, engine.rules)
+    rank_loss(engine.model, rank).backward()
+    now = [p.grad.data_ptr() for p in engine.module.parameters() if p.grad is not None]
+    return sum(before != after for before, after in zip(in_buckets, now, strict=True))
+
+
 def gradients_by_share(rank: int, world: int, settings: dict[str, Any], shares: list[list[int]]) -> dict[str, Any]:
     """Gradients of one step in which rank r has shares[r] valid labels in each of its microbatches (0: none)."""
     engine = engine_of(world, settings)

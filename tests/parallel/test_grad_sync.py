@@ -115,6 +115,11 @@ def test_nobody_holds_gradients_beyond_their_step(pool: RankPool) -> None:
     assert pool.run(JOBS + "gradients_that_stay", 2) == [0, 0]
 
 
+def test_ddp_accumulates_in_its_buckets(pool: RankPool) -> None:
+    """Beside them, the gradients would be there twice, and be copied once a step."""
+    assert pool.run(JOBS + "moved_gradients", 2) == [0, 0]
+
+
 def test_a_global_batch_without_any_token_gives_zero_gradients(pool: RankPool) -> None:
     for seen in pool.run(JOBS + "no_tokens_at_all", 2):
         assert seen == 0.0
