@@ -5,7 +5,7 @@ where counted bytes differ from the formulas of docs/strategies.md. What the col
 
 - all-gather, reduce-scatter, all-reduce: bytes of the whole tensors of one step (`CollectiveCounter`), and the formula;
 - held: this rank's parts of parameters, gradients and optimizer state between steps, the largest rank, and its formula;
-- alive: bytes of all tensor storages that exist between steps (DDP's gradients, which stay in its buckets, count as held);
+- alive: bytes of all tensor storages that exist between steps (DDP's gradients stay in its buckets, so they are held);
 - peak: most bytes of tensor storages alive at the end of any operation of a step (`LiveTensors`), exact and the same in
   every run. It leaves out scratch memory inside an operation and what the allocator loses;
 - process peak: growth of the resident set of a fresh process over what it had before the model was built, with torch
@@ -259,8 +259,7 @@ def _itemsize(precision: str) -> int:
 
 
 def formula_held(settings: Settings, world: int, shapes: Shapes) -> int:
-    """12 bytes for each element of the largest shard, under ddp 16 (gradients stay in its buckets), and a step count for
-    each tensor."""
+    """12 bytes for each element of the largest shard, 16 under ddp, whose gradients stay, and a step count for each."""
     shards = 1 if settings["strategy"] == "ddp" else world // settings.get("dp_replicate", 1)
     each = 16 if settings["strategy"] == "ddp" else 12
     return sum(each * math.ceil(rows / shards) * math.prod(rest) + 4 for rows, *rest in shapes)
