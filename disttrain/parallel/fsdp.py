@@ -26,7 +26,7 @@ def apply_fsdp(
     axes = mesh["dp_replicate", "dp_shard"] if config.strategy == "hsdp" else mesh["dp_shard"]
     # Inputs are left alone: a cast would round the rotary angles, and activations have the right type already.
     precision = MixedPrecisionPolicy(
-        param_dtype=DTYPES[config.param_dtype], reduce_dtype=_reduce_dtype(config), cast_forward_inputs=False
+        param_dtype=DTYPES[config.param_dtype], reduce_dtype=reduce_dtype(config), cast_forward_inputs=False
     )
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.cpu_offload else OffloadPolicy()
     reshard = SyncRules.of(config).reshard_after_forward
@@ -34,6 +34,11 @@ def apply_fsdp(
         fully_shard(block, mesh=axes, reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload)
     # The backward begins with the root's weights: freed after the forward, they would be gathered again at once.
     fully_shard(model, mesh=axes, reshard_after_forward=False, mp_policy=precision, offload_policy=offload)
+    sum_gradients(model, mesh, probe)
+
+
+def sum_gradients(model: nn.Module, mesh: DeviceMesh, probe: NoiseProbe | None = None) -> None:
+    """The loss already carries one over the global token count: FSDP2's own average would divide twice."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_gradient_divide_factor(1.0)
@@ -41,7 +46,7 @@ def apply_fsdp(
     set_collectives(units, on_gloo=mesh.device_type == "cpu", probe=probe)
 
 
-def _reduce_dtype(config: ParallelConfig) -> torch.dtype | None:
+def reduce_dtype(config: ParallelConfig) -> torch.dtype | None:
     """FSDP2 reduces in the computing type unless told otherwise; without mixed precision there is nothing to tell."""
     if config.param_dtype == "fp32":
         return None
