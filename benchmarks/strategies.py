@@ -5,7 +5,7 @@ where counted bytes differ from the formulas of docs/strategies.md. What the col
 
 - all-gather, reduce-scatter, all-reduce: bytes of the whole tensors of one step (`CollectiveCounter`), and the formula;
 - held: this rank's parts of parameters, gradients and optimizer state between steps, the largest rank, and its formula;
-- alive: bytes of all tensor storages that exist between steps (DDP's gradient buckets are in here, not in `held`);
+- alive: bytes of all tensor storages that exist between steps (DDP's gradients stay in its buckets, so they are held);
 - peak: most bytes of tensor storages alive at the end of any operation of a step (`LiveTensors`), exact and the same in
   every run. It leaves out scratch memory inside an operation and what the allocator loses;
 - process peak: growth of the resident set of a fresh process over what it had before the model was built, with torch
@@ -49,7 +49,7 @@ from disttrain.models import GPT_PLAN
 from disttrain.optim import build_optimizer
 from disttrain.parallel.precision import DTYPES
 from disttrain.testing import RankPool
-from disttrain.testing.collectives import CollectiveCounter
+from disttrain.testing.collectives import CollectiveCounter, sharded_traffic
 from disttrain.train.build import build_model
 from disttrain.train.step import train_step
 
@@ -65,6 +65,7 @@ COUNT_BYTES = 4 * 8
 M_MMAP_THRESHOLD = -3
 
 Settings = dict[str, Any]
+Shapes = list[tuple[int, ...]]
 
 
 class Seconds(NamedTuple):
@@ -173,16 +174,18 @@ def memory_and_traffic(rank: int, world: int, settings: Settings) -> dict[str, A
             take_step(engine, rank)
         gc.collect()
     process_peak = peak_resident_bytes() - before
-    shapes = [tuple(parameter.shape) for parameter in engine.module.parameters()]
-    counted = {kind: counter.bytes[kind] for kind in KINDS}
+    shapes = {name: tuple(parameter.shape) for name, parameter in engine.module.named_parameters()}
+    shards = world // (settings.get("dp_replicate") or 1)
+    moved = sharded_traffic(counter, shards)[1]
     return {
-        "bytes": counted,
-        "others": sorted(set(counter.bytes) - set(KINDS)),
+        "bytes": {kind: moved.get(kind, 0) for kind in KINDS},
+        "others": sorted(set(moved) - set(KINDS)),
         "held": held_bytes(engine),
         "alive": live.now,
         "peak": live.peak,
         "process_peak": process_peak,
-        "shapes": shapes,
+        "shapes": [*shapes.values()],
+        "root_shapes": [shape for name, shape in shapes.items() if not name.startswith("blocks.")],
     }
 
 
@@ -228,12 +231,15 @@ def step_seconds(rank: int, world: int, cases: dict[str, Settings], rounds: int)
 # What they should have sent and held.
 
 
-def formula_bytes(settings: Settings, world: int, shapes: list[tuple[int, ...]]) -> dict[str, int]:
+def formula_bytes(settings: Settings, world: int, shapes: Shapes, root_shapes: Shapes) -> dict[str, int]:
     """The table of docs/strategies.md."""
     parallel = ParallelConfig(**settings)
     shards = world // (parallel.dp_replicate or 1)
     gathered, reduced = _itemsize(parallel.param_dtype), _itemsize(parallel.reduce_dtype)
-    padded = sum(math.ceil(rows / shards) * shards * math.prod(rest) for rows, *rest in shapes)
+    padded, root = (
+        sum(math.ceil(rows / shards) * shards * math.prod(rest) for rows, *rest in part)
+        for part in (shapes, root_shapes)
+    )
     sent = dict.fromkeys(KINDS, 0)
     sent["all_reduce"] = COUNT_BYTES + 8 * (2 + len(shapes))
     if parallel.strategy == "ddp":
@@ -241,7 +247,7 @@ def formula_bytes(settings: Settings, world: int, shapes: list[tuple[int, ...]])
         return sent
     fsdp = parallel.strategy in ("fsdp", "hsdp")
     each = parallel.strategy == "zero2" or (fsdp and parallel.grad_accumulation != "unsharded")
-    sent["all_gather"] = gathered * padded * (2 * ACCUMULATION if fsdp else 1)
+    sent["all_gather"] = gathered * (ACCUMULATION * (2 * padded - root) if fsdp else padded)
     sent["reduce_scatter"] = reduced * padded * (ACCUMULATION if each else 1)
     if parallel.strategy == "hsdp":
         sent["all_reduce"] += reduced * padded // shards
@@ -252,10 +258,11 @@ def _itemsize(precision: str) -> int:
     return (DTYPES[precision] or torch.float32).itemsize
 
 
-def formula_held(settings: Settings, world: int, shapes: list[tuple[int, ...]]) -> int:
-    """12 bytes for each element of the largest shard, and a step count for each tensor."""
+def formula_held(settings: Settings, world: int, shapes: Shapes) -> int:
+    """12 bytes for each element of the largest shard, 16 under ddp, whose gradients stay, and a step count for each."""
     shards = 1 if settings["strategy"] == "ddp" else world // settings.get("dp_replicate", 1)
-    return sum(12 * math.ceil(rows / shards) * math.prod(rest) + 4 for rows, *rest in shapes)
+    each = 16 if settings["strategy"] == "ddp" else 12
+    return sum(each * math.ceil(rows / shards) * math.prod(rest) + 4 for rows, *rest in shapes)
 
 
 # Tables.
@@ -308,7 +315,7 @@ def ratios(seconds: list[dict[str, Seconds]], name: str, baseline: str) -> dict[
 def row(name: str, settings: Settings, ranks: list[dict[str, Any]], times: dict[str, Any]) -> dict[str, Any]:
     """One case: the largest rank's bytes, and whether they are those of the formulas."""
     world, shapes = len(ranks), ranks[0]["shapes"]
-    sent, held = formula_bytes(settings, world, shapes), formula_held(settings, world, shapes)
+    sent, held = formula_bytes(settings, world, shapes, ranks[0]["root_shapes"]), formula_held(settings, world, shapes)
     counted_held = max(rank["held"] for rank in ranks)
     return {
         "case": name,

@@ -21,7 +21,7 @@ class ParallelConfig(Section):
     dp_shard: PositiveInt | None = None
     """Processes that a parameter is cut over. Default: 1 under ddp, else all that dp_replicate leaves."""
     reshard_after_forward: bool | None = None
-    """fsdp and hsdp only: free gathered weights between forward and backward (default), or keep them."""
+    """fsdp and hsdp only: free the gathered weights of blocks between forward and backward (default), or keep them."""
     grad_accumulation: Literal["sharded", "unsharded"] | None = None
     """fsdp and hsdp only. `sharded` (default): gradients are reduced after every microbatch (least memory);
     `unsharded`: after the last one (least communication, a whole gradient per process)."""

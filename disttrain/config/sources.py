@@ -49,11 +49,16 @@ def read_values(path: Path, overrides: list[str]) -> Values:
             within = {k: f"{file}:{line}" for k, line in lines.items() if k.startswith(f"{key}.")}
             values.origins = {k: v for k, v in values.origins.items() if not k.startswith(f"{key}.")} | within
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not all(part.strip() for part in key.split(".")):
-            raise UserError(f"override {override!r}: write it as key.path=value, for example train.steps=100")
-        values.set(key.strip(), _override_value(text.strip()), f"override {override!r}")
+        values.set(*read_override(override), f"override {override!r}")
     return values
+
+
+def read_override(override: str) -> tuple[str, Any]:
+    """The dotted key and the value of `key.path=value`; UserError for anything else."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise UserError(f"override {override!r}: write it as key.path=value, for example train.steps=100")
+    return key.strip(), _override_value(text.strip())
 
 
 def _extends_chain(path: Path) -> list[Path]:

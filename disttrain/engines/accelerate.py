@@ -21,9 +21,8 @@ from disttrain.models import ShardingPlan
 from disttrain.optim import OptimizerSet, Safeguards
 from disttrain.optim.sharding import world_size
 from disttrain.parallel import NoiseProbe
-from disttrain.parallel.ddp import summing_hook
+from disttrain.parallel.ddp import sum_over_replicas
 from disttrain.parallel.fsdp import reduce_dtype, sum_gradients
-from disttrain.parallel.noise_probe import apply_noise_probe
 from disttrain.parallel.precision import DTYPES, CastParameters
 
 
@@ -65,14 +64,11 @@ def apply_accelerate(
     called = CastParameters(model, dtype) if dtype and not config.shards else model
     prepared, optimizer = accelerator.prepare(called, handed)
     if isinstance(prepared, DistributedDataParallel):
-        group = mesh["dp_replicate"].get_group()
-        prepared.register_comm_hook(group, summing_hook(DTYPES[config.reduce_dtype], probe))
+        sum_over_replicas(prepared, mesh["dp_replicate"].get_group(), DTYPES[config.reduce_dtype], probe)
     elif plugin is not None:
         if not isinstance(prepared, FSDPModule):
             raise RuntimeError("accelerate has not sharded the model that it was asked to shard")
-        sum_gradients(model)
-        if probe is not None:
-            apply_noise_probe(model, probe)
+        sum_gradients(model, mesh, probe)
     return Prepared(accelerator, prepared, optimizer, handed)
 
 

@@ -14,7 +14,7 @@ from disttrain.config.parallel import ParallelConfig
 from disttrain.engines.protocol import UpdateResult
 from disttrain.optim import GradientClipper, LossScale, OptimizerSet, Safeguards, set_learning_rate
 from disttrain.optim.anomaly import Verdict, finite_verdict
-from disttrain.parallel import NoiseProbe, SyncRules, parameters_will_change, set_gradient_sync
+from disttrain.parallel import NoiseProbe, SyncRules, drop_gradients, parameters_will_change, set_gradient_sync
 from disttrain.parallel.replicas import weight_sums
 
 
@@ -89,7 +89,7 @@ class NativeEngine:
         self.optimizer.step(skip=skipped)
         ratios = guards.update_limit.dist_apply() if guards.update_limit else None
         logits = guards.qk_clip.dist_apply(skipped) if guards.qk_clip else None
-        self.optimizer.zero_grad()
+        drop_gradients(self.model, (p for group in self.optimizer.param_groups for p in group["params"]))
         summed = norms.extras[1] / scale.double().square() if norms.extras is not None and measuring else None
         # A spike is none of the loss scale's business.
         self.loss_scale.update((verdicts[0] == Verdict.GRADIENT_NOT_FINITE).float())

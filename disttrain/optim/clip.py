@@ -117,6 +117,7 @@ class GradientClipper:
         for rule, decision, held, extra in zip(self.rules, decisions, self._held, on_top, strict=True):
             held.multiply(rule.parts, decision.factors * extra * unscale)
             rule.finish(held)
+            held.forget()
         squares = torch.stack([part.sum() for part in parts])
         clipped = [
             ((decision.factors * extra).square() * part).sum()
@@ -146,8 +147,7 @@ class GradientClipper:
 
     def _rule(self, group: Mapping[str, Any], names: list[str]) -> ClipRule:
         clip: Clip | None = group["config"].clip
-        count = len(names)
-        device = local(group["params"][0]).device
+        count, device = len(names), local(group["params"][0]).device
         if isinstance(clip, ClipValue):
             return ValueRule(clip, count)
         if isinstance(clip, ClipNorm):

@@ -33,6 +33,10 @@ class HeldGradients:
         if list(self.gradients) != self._present[0]:
             self._present = (list(self.gradients), torch.tensor([*self.gradients], device=self.device))
 
+    def forget(self) -> None:
+        """Call at the end of a step: a gradient that is kept here would stay in memory through the next backward."""
+        self.gradients = {}
+
     def weight(self, position: int) -> Tensor:
         return local(self.parameters[position]).detach()
 

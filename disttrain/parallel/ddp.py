@@ -23,9 +23,19 @@ def apply_ddp(
     """
     group = mesh["dp_replicate"].get_group()
     replicated = DistributedDataParallel(model, process_group=group, init_sync=False, gradient_as_bucket_view=True)
+    sum_over_replicas(replicated, group, reduce_dtype, probe)
+    return replicated
+
+
+def sum_over_replicas(
+    replicated: DistributedDataParallel,
+    group: dist.ProcessGroup,
+    reduce_dtype: torch.dtype | None = None,
+    probe: NoiseProbe | None = None,
+) -> None:
+    """Of a model that DDP has just wrapped. Collective."""
     _settle_buckets(replicated)
     replicated.register_comm_hook(group, summing_hook(reduce_dtype, probe))
-    return replicated
 
 
 class _InOrder(nn.Module):

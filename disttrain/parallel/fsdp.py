@@ -9,14 +9,19 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from disttrain.config.parallel import ParallelConfig
 from disttrain.models import ShardingPlan
+from disttrain.parallel.fsdp_collectives import set_collectives
 from disttrain.parallel.grad_sync import SyncRules
+from disttrain.parallel.noise_probe import NoiseProbe
 from disttrain.parallel.precision import DTYPES
 
 
-def apply_fsdp(model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, config: ParallelConfig) -> None:
+def apply_fsdp(
+    model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, config: ParallelConfig, probe: NoiseProbe | None = None
+) -> None:
     """Cut all parameters of `model` along dim 0 over the axis dp_shard of `mesh`, replicated over dp_replicate.
 
     Gradients are summed, never averaged. Each unit of the plan is gathered on its own; what is left is the root unit.
+    `probe` sees the gradients of each rank before they are summed.
     """
     axes = mesh["dp_replicate", "dp_shard"] if config.strategy == "hsdp" else mesh["dp_shard"]
     # Inputs are left alone: a cast would round the rotary angles, and activations have the right type already.
@@ -25,18 +30,20 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, config: P
     )
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.cpu_offload else OffloadPolicy()
     reshard = SyncRules.of(config).reshard_after_forward
-    for unit in (*plan.units(model), model):
-        # Said for the root too: its default keeps gathered weights after a forward, which later writes do not reach.
-        fully_shard(unit, mesh=axes, reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload)
-    sum_gradients(model)
+    for block in plan.units(model):
+        fully_shard(block, mesh=axes, reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload)
+    # The backward begins with the root's weights: freed after the forward, they would be gathered again at once.
+    fully_shard(model, mesh=axes, reshard_after_forward=False, mp_policy=precision, offload_policy=offload)
+    sum_gradients(model, mesh, probe)
 
 
-def sum_gradients(model: nn.Module) -> None:
+def sum_gradients(model: nn.Module, mesh: DeviceMesh, probe: NoiseProbe | None = None) -> None:
     """The loss already carries one over the global token count: FSDP2's own average would divide twice."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    set_collectives(units, on_gloo=mesh.device_type == "cpu", probe=probe)
 
 
 def reduce_dtype(config: ParallelConfig) -> torch.dtype | None:

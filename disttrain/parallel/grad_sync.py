@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -16,7 +18,7 @@ class SyncRules:
     """What tells the sharded strategies apart; docs/strategies.md counts what follows from it."""
 
     reshard_after_forward: bool
-    """Gathered weights are freed between forward and backward."""
+    """Gathered weights of blocks are freed between forward and backward; the root's never are."""
     reduce_each: bool
     """Gradients are reduced after every microbatch, not only after the last one."""
     free_each: bool
@@ -42,6 +44,16 @@ def set_gradient_sync(model: nn.Module, last: bool, rules: SyncRules) -> None:
         # Replicas agree once a step: until then a shard's sum over its own group waits where it is.
         model.set_requires_all_reduce(last)
         model.set_reshard_after_backward(last or rules.free_each)
+
+
+def drop_gradients(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Call after an update. DDP's gradients stay, at zero: they look into its buckets, and the next ones are added
+    there; without them, those of all microbatches but the last would lie beside the buckets, and be copied."""
+    if isinstance(model, DistributedDataParallel):
+        torch._foreach_zero_([parameter.grad for parameter in parameters if parameter.grad is not None])
+        return
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def parameters_will_change(model: nn.Module) -> None:

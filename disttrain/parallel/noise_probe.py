@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 
 from disttrain.config import ParallelDims
@@ -73,19 +70,3 @@ class NoiseProbe:
         """This rank's sum in the measured step, still with the loss scale: a scalar where `like` is."""
         parts = [part.to(like.device) for part in self._parts]
         return torch.stack(parts).sum() if parts else torch.zeros_like(like, dtype=torch.float64)
-
-
-class _ProbedReduceScatter(DefaultReduceScatter):
-    def __init__(self, probe: NoiseProbe) -> None:
-        self.probe = probe
-
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *arguments: Any, **named: Any) -> Any:
-        self.probe.add(input_tensor)
-        return super().__call__(output_tensor, input_tensor, *arguments, **named)
-
-
-def apply_noise_probe(model: nn.Module, probe: NoiseProbe) -> None:
-    """Let every unit of an FSDP2 model show its gradients to `probe` before they are reduced."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_custom_reduce_scatter(_ProbedReduceScatter(probe))

@@ -13,7 +13,7 @@ from disttrain.parallel.activation_checkpointing import apply_activation_checkpo
 from disttrain.parallel.compile import apply_compile
 from disttrain.parallel.ddp import apply_ddp
 from disttrain.parallel.fsdp import apply_fsdp
-from disttrain.parallel.noise_probe import NoiseProbe, apply_noise_probe
+from disttrain.parallel.noise_probe import NoiseProbe
 from disttrain.parallel.precision import DTYPES, CastParameters
 
 
@@ -32,9 +32,7 @@ def parallelize(
     """
     prepare_blocks(model, config, plan)
     if config.shards:
-        apply_fsdp(model, mesh, plan, config)
-        if probe is not None:
-            apply_noise_probe(model, probe)
+        apply_fsdp(model, mesh, plan, config, probe)
     materialise(model)
     if config.shards:
         return model

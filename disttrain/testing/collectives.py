@@ -69,6 +69,17 @@ class CollectiveCounter(TorchDispatchMode):
         return result
 
 
+def sharded_traffic(counter: CollectiveCounter, shards: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Calls and bytes by kind, in FSDP2's words: on gloo an all-gather travels as `shards` broadcasts, and a
+    reduce-scatter as an all-to-all whose pieces each rank sums."""
+    calls, moved = dict(counter.calls), dict(counter.bytes)
+    for travelled, kind, pieces in (("broadcast", "all_gather", shards), ("all_to_all", "reduce_scatter", 1)):
+        if travelled in calls:
+            calls[kind] = calls.get(kind, 0) + calls.pop(travelled) // pieces
+            moved[kind] = moved.get(kind, 0) + moved.pop(travelled)
+    return calls, moved
+
+
 def _sent_bytes(name: str, args: Sequence[Any]) -> int:
     if name == "alltoall_base_":
         _, sent, group, _, splits = args[:5]

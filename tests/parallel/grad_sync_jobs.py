@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from disttrain.config import ParallelDims
 from disttrain.config.parallel import ParallelConfig
@@ -15,8 +17,9 @@ from disttrain.distributed.mesh import build_mesh
 from disttrain.engines import NativeEngine, UpdateResult
 from disttrain.models import GPT_PLAN
 from disttrain.optim import build_optimizer
+from disttrain.optim.sharding import local
 from disttrain.parallel import set_gradient_sync
-from disttrain.testing.collectives import CollectiveCounter
+from disttrain.testing.collectives import CollectiveCounter, sharded_traffic
 from disttrain.testing.parity import LENGTH, MODELS, OPTIM
 from disttrain.train.build import build_model
 from disttrain.train.step import train_step
@@ -82,7 +85,7 @@ def unsynced_until_last(rank: int, world: int, settings: dict[str, Any]) -> list
         with CollectiveCounter() as counter:
             set_gradient_sync(engine.model, index == 2, engine.rules)
             rank_loss(engine.model, rank).backward()
-        counted.append(dict(counter.calls))
+        counted.append(sharded_traffic(counter, shards_of(engine))[0])
     return counted
 
 
@@ -96,7 +99,42 @@ def step_traffic(rank: int, world: int, settings: dict[str, Any]) -> dict[str, A
     with CollectiveCounter() as counter:
         train_step(engine, [(tokens, tokens)] * 3, lr_factor=1.0, device=CPU)
     shapes = [tuple(p.shape) for p in engine.module.parameters()]
-    return {"calls": dict(counter.calls), "bytes": dict(counter.bytes), "shapes": shapes}
+    root = [tuple(p.shape) for name, p in engine.module.named_parameters() if not name.startswith("blocks.")]
+    calls, moved = sharded_traffic(counter, shards_of(engine))
+    return {"calls": calls, "bytes": moved, "shapes": shapes, "root_shapes": root}
+
+
+def shards_of(engine: NativeEngine) -> int:
+    parameter = next(engine.module.parameters())
+    return parameter.device_mesh.size(-1) if isinstance(parameter, DTensor) else 1
+
+
+def gradients_that_stay(rank: int, world: int) -> int:
+    """How many of a step's sharded gradients somebody still holds after it."""
+    engine = engine_of(world, {"strategy": "fsdp"})
+    engine.keeps = False
+    rank_loss(engine.model, rank).backward()
+    gradients = [weakref.ref(local(p.grad)) for p in engine.module.parameters() if p.grad is not None]
+    assert gradients
+    engine.finish_step(1.0)
+    return sum(gradient() is not None for gradient in gradients)
+
+
+def moved_gradients(rank: int, world: int) -> int:
+    """How many of DDP's gradients lie outside its buckets after a microbatch that is not a step's last."""
+    engine = engine_of(world, {"strategy": "ddp"})
+    engine.keeps = False
+    tokens = torch.zeros(2, LENGTH, dtype=torch.int64)
+    for _ in range(2):
+        train_step(engine, [(tokens, tokens)] * 2, lr_factor=1.0, device=CPU)
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    in_buckets = [gradient.data_ptr() for gradient in gradients]
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients)
+    set_gradient_sync(engine.model, False, engine.rules)
+    rank_loss(engine.model, rank).backward()
+    now = [p.grad.data_ptr() for p in engine.module.parameters() if p.grad is not None]
+    return sum(before != after for before, after in zip(in_buckets, now, strict=True))
 
 
 def gradients_by_share(rank: int, world: int, settings: dict[str, Any], shares: list[list[int]]) -> dict[str, Any]:

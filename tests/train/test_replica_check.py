@@ -10,9 +10,8 @@ import pytest
 
 from disttrain.testing import RankPool
 from disttrain.testing.bad_numbers import Fault
-from tests.train.test_bad_numbers import config, events, lines, trained
+from tests.train.test_bad_numbers import events, lines, trained
 
-__all__ = ["config"]
 EVERY_FIVE = ("resilience.compare_replicas_every=5",)
 
 
