@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from disttrain.config.clipping import ClipNorm
+from disttrain.config.deepspeed_file import read_object
 from disttrain.config.engines import STAGES
 from disttrain.config.layout import rank_microbatches
 from disttrain.config.run import RunConfig
@@ -55,7 +55,6 @@ _FILLED_IN = {
     "bf16.enabled",
     "fp16.enabled",
     "fp16.auto_cast",
-    "fp16.loss_scale",
     "fp16.initial_scale_power",
     "fp16.loss_scale_window",
     "fp16.hysteresis",
@@ -164,6 +163,7 @@ def _ours(config: RunConfig, world: int) -> dict[str, tuple[str, Any]]:
         "zero_optimization.stage": ("the stage of parallel.strategy", STAGES[config.parallel.strategy]),
         "zero_optimization.offload_optimizer.device": ("deepspeed.offload_optimizer", section.offload_optimizer),
         "zero_optimization.offload_param.device": ("deepspeed.offload_parameters", section.offload_parameters),
+        "fp16.loss_scale": ("the loss scale, which follows the gradients,", 0),
         "data_types.grad_accum_dtype": ("the type that gradients are summed in", "fp32"),
         "optimizer.type": ("the algorithm of group " + first.name, first.algorithm),
         "optimizer.params.weight_decay": ("optim.weight_decay", max(group.weight_decay for group in groups)),
@@ -197,14 +197,7 @@ def _file_items(config: RunConfig) -> Iterator[tuple[str, Any]]:
     name = config.deepspeed.config_file
     if name is None:
         return
-    try:
-        table = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"deepspeed.config_file = {name}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"deepspeed.config_file = {name}: not JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise UserError(f"deepspeed.config_file = {name}: must be a table of settings, {{...}}")
+    table = read_object(Path(name).expanduser(), f"deepspeed.config_file = {name}")
     yield from _flattened(table)
 
 
