@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from disttrain.checkpoint.local import LocalStorage
 from disttrain.checkpoint.manager import CheckpointManager
+from disttrain.checkpoint.rollback import roll_back
 from disttrain.config import RunConfig
 from disttrain.distributed.env import Ranks, tell_engines
 from disttrain.testing.parity import MODELS, rank_batches
@@ -87,6 +89,31 @@ def move(rank: int, world: int, cache: Path, folder: Path, cases: dict[str, dict
         assert manager.load(parts.engine.state(), info) == []
         parts.engine.loaded()
         found[name] = steps(parts, rank, world, range(10, 20), 2)
+    return found
+
+
+def go_back(rank: int, world: int, cache: Path, folder: Path, cases: dict[str, dict[str, Any]]) -> Any:
+    """A rollback that finds the newest of two checkpoints no good: whether the weights are those of the other one."""
+    found = {}
+    about = {"samples": 0, "tokens": 0, "config": {}, "data": {}, "strategy": ""}
+    for name, settings in cases.items():
+        parts = build(cache, world, rank, settings)
+        manager = CheckpointManager(LocalStorage(folder / name.replace(" ", "-")), 2, "run")
+        kept = []
+        for step in (1, 2):
+            steps(parts, rank, world, range(step, step + 1), 2)
+            kept.append(weights(parts))
+            manager.save(parts.engine.state(), step=step, **about)
+        answers = iter((False, True))
+
+        def good(parts: Training = parts, answers: Iterator[bool] = answers) -> bool:
+            parts.engine.loaded()
+            return next(answers)
+
+        info = roll_back(manager, parts.engine.state(), 3, good)
+        assert info is not None
+        now = weights(parts)
+        found[name] = info.manifest.step, [all(torch.equal(now[key], then[key]) for key in now) for then in kept]
     return found
 
 
