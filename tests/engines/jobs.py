@@ -18,6 +18,7 @@ from disttrain.checkpoint.manager import CheckpointManager
 from disttrain.checkpoint.rollback import roll_back
 from disttrain.config import RunConfig
 from disttrain.distributed.env import Ranks, tell_engines
+from disttrain.testing.bad_numbers import flip_first
 from disttrain.testing.parity import MODELS, rank_batches
 from disttrain.train.build import Training, build_training
 from disttrain.train.preflight import open_config_data
@@ -114,6 +115,23 @@ def go_back(rank: int, world: int, cache: Path, folder: Path, cases: dict[str, d
         assert info is not None
         now = weights(parts)
         found[name] = info.manifest.step, [all(torch.equal(now[key], then[key]) for key in now) for then in kept]
+    return found
+
+
+def flip(rank: int, world: int, cache: Path, cases: dict[str, dict[str, Any]]) -> Any:
+    """What two steps' comparisons of weights see, where a bit of the last rank's first weight turns over in between."""
+    found = {}
+    for name, settings in cases.items():
+        parts = build(cache, world, rank, settings)
+        sums = []
+        for number in range(2):
+            if number == 1 and rank == world - 1:
+                flip_first(next(parts.model.parameters()).detach())
+            batches = rank_batches(number, rank, world, 2)
+            result = train_step(parts.engine, batches, lr_factor=1.0, device=CPU, compare_weights=True)
+            assert result.update.weight_sums is not None
+            sums.append(result.update.weight_sums.tolist())
+        found[name] = sums
     return found
 
 
