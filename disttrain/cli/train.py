@@ -52,10 +52,6 @@ def train_command(
             f"--nproc {nproc}, but a launcher has started {ranks.local_world} processes here already: leave it out"
         )
     loaded = load_config(config, overrides or [], world=ranks.world).config
-    if loaded.engine == "accelerate" and (
-        problems := list(launcher_problems(loaded, read_variables(VARIABLES), ranks.world))
-    ):
-        raise UserError(problems)
     code = _join(loaded, ranks)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -142,8 +138,7 @@ def _answer(folder: RunFolder, code: int, stop: StopRequest) -> int:
 
 def _join(config: RunConfig, ranks: Ranks) -> int:
     """Be one rank of a launcher: torchrun restarts whatever leaves with another code than 0."""
-    said = read_variables(VARIABLES) if config.engine == "accelerate" else {}
-    if problems := list(launcher_problems(config, said, ranks.world)) if said else []:
+    if problems := list(launcher_problems(config, read_variables(VARIABLES), ranks.world)):
         raise UserError(problems)
     if ranks.elastic:
         die_with_parent()

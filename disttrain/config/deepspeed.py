@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from disttrain.config.clipping import ClipNorm
+from disttrain.config.clipping import Clip, ClipNorm, NoClip
+from disttrain.config.deepspeed_file import read_object
 from disttrain.config.engines import STAGES
 from disttrain.config.layout import rank_microbatches
 from disttrain.config.run import RunConfig
@@ -55,7 +55,6 @@ _FILLED_IN = {
     "bf16.enabled",
     "fp16.enabled",
     "fp16.auto_cast",
-    "fp16.loss_scale",
     "fp16.initial_scale_power",
     "fp16.loss_scale_window",
     "fp16.hysteresis",
@@ -125,7 +124,7 @@ def file_problems(config: RunConfig, world: int) -> Iterator[str]:
     except UserError as error:
         yield from error.problems
         return
-    ours, file = _ours(config, world), config.deepspeed.config_file
+    ours, file = in_deepspeeds_words(config, world), config.deepspeed.config_file
     if str(items.get("optimizer.type")).lower() == "adam" and items.get("optimizer.params.adam_w_mode", True):
         items["optimizer.type"] = "AdamW"  # DeepSpeed's Adam decays so unless it is told otherwise
     for key, value in items.items():
@@ -146,12 +145,11 @@ def file_problems(config: RunConfig, world: int) -> Iterator[str]:
             )
 
 
-def _ours(config: RunConfig, world: int) -> dict[str, tuple[str, Any]]:
-    """What a file may repeat: our setting and its value in DeepSpeed's words."""
+def in_deepspeeds_words(config: RunConfig, world: int) -> dict[str, tuple[str, Any]]:
+    """What a file may repeat, by DeepSpeed's dotted keys: our setting and its value in DeepSpeed's words."""
     micro, count = _microbatches(config, world)
     section, groups = config.deepspeed, config.optim.resolved_groups
     first = groups[0]
-    clips = {group.clip.limit if isinstance(group.clip, ClipNorm) else None for group in groups}
     known: dict[str, tuple[str, Any]] = {
         "train_micro_batch_size_per_gpu": ("the rows of a microbatch (train.microbatch_size)", micro),
         "gradient_accumulation_steps": ("the number of microbatches of a process", count),
@@ -159,11 +157,12 @@ def _ours(config: RunConfig, world: int) -> dict[str, tuple[str, Any]]:
             "train.global_batch_tokens / train.sequence_length",
             config.train.global_batch_tokens // config.train.sequence_length,
         ),
-        "gradient_clipping": ("optim.clip_norm", clips.pop() or 0.0 if len(clips) == 1 else "by group"),
+        "gradient_clipping": ("optim.clip_norm", _clip_norm([group.clip for group in groups])),
         "communication_data_type": ("parallel.reduce_dtype", config.parallel.reduce_dtype),
         "zero_optimization.stage": ("the stage of parallel.strategy", STAGES[config.parallel.strategy]),
         "zero_optimization.offload_optimizer.device": ("deepspeed.offload_optimizer", section.offload_optimizer),
         "zero_optimization.offload_param.device": ("deepspeed.offload_parameters", section.offload_parameters),
+        "fp16.loss_scale": ("the loss scale, which follows the gradients,", 0),
         "data_types.grad_accum_dtype": ("the type that gradients are summed in", "fp32"),
         "optimizer.type": ("the algorithm of group " + first.name, first.algorithm),
         "optimizer.params.weight_decay": ("optim.weight_decay", max(group.weight_decay for group in groups)),
@@ -172,6 +171,16 @@ def _ours(config: RunConfig, world: int) -> dict[str, tuple[str, Any]]:
         if hasattr(first, key):
             known[f"optimizer.params.{key}"] = (f"optim.{key}", getattr(first, key))
     return known
+
+
+def _clip_norm(clips: Sequence[Clip | None]) -> float | str:
+    """DeepSpeed has one limit for the norm of all gradients, or none."""
+    first = clips[0]
+    if all(clip is None or isinstance(clip, NoClip) for clip in clips):
+        return 0.0
+    if not isinstance(first, ClipNorm) or first.order != 2 or any(clip != first for clip in clips):
+        return "by other rules"
+    return first.limit if first.over == "all" or len(clips) == 1 else "by group"
 
 
 def _why_not(key: str) -> str:
@@ -197,14 +206,7 @@ def _file_items(config: RunConfig) -> Iterator[tuple[str, Any]]:
     name = config.deepspeed.config_file
     if name is None:
         return
-    try:
-        table = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"deepspeed.config_file = {name}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"deepspeed.config_file = {name}: not JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise UserError(f"deepspeed.config_file = {name}: must be a table of settings, {{...}}")
+    table = read_object(Path(name).expanduser(), f"deepspeed.config_file = {name}")
     yield from _flattened(table)
 
 

@@ -40,7 +40,8 @@ def _schedule(t: Translation) -> float | None:
     """Returns the peak rate where the scheduler says it."""
     kind = t.take("scheduler.type", str, "schedule.shape")
     if kind is None:
-        if not t.section("scheduler"):
+        _leave(t, "scheduler", "without scheduler.type DeepSpeed makes no scheduler")
+        if "scheduler.type" not in t.left_open:
             t.set("schedule.shape", "constant", "no scheduler in the file; the script may have had its own")
             t.set("schedule.warmup_steps", 0, "the same")
         return None

@@ -13,7 +13,11 @@ STRATEGIES = {
     3: ("fsdp", "a block is gathered at a time"),
 }
 _OFFLOADS = ("offload_optimizer", "offload_param")
-_DTYPES = {"fp32": "fp32", "bf16": "bf16", "bfp16": "bf16", "bfloat16": "bf16", "fp16": "fp16"}
+_DTYPES = {
+    **{"fp32": "fp32", "float32": "fp32", "float": "fp32"},
+    **{"bf16": "bf16", "bfp16": "bf16", "bfloat16": "bf16"},
+    **{"fp16": "fp16", "float16": "fp16", "half": "fp16"},
+}
 _MICRO, _TRAIN, _STEPS = "train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"
 _AVERAGES = "every token counts alike: DeepSpeed averages the means of microbatches and ranks"
 
@@ -138,7 +142,7 @@ def _precision(t: Translation) -> None:
     origin = f"{chosen[0]}.enabled" if chosen else ""
     autocast, dtype = t.take("torch_autocast.enabled", bool, ours), t.take("torch_autocast.dtype", str, ours)
     if autocast and not chosen:
-        chosen = [_DTYPES.get((dtype or "bfloat16").removeprefix("torch."), "bf16")]
+        chosen = [_dtype(t, "torch_autocast.dtype", dtype or "bfloat16")]
         origin = f"torch_autocast.dtype {dtype}, which chose by operation; here all weights are cast"
     travel = t.take("communication_data_type", str, "parallel.reduce_dtype")
     if not chosen:
@@ -147,12 +151,19 @@ def _precision(t: Translation) -> None:
         return
     if chosen[0] != "fp32":
         t.set(ours, chosen[0], f"{origin}; the weights that the optimizer sees stay fp32")
-        reduce = _DTYPES.get(travel or chosen[0], chosen[0])
+        reduce = _dtype(t, "communication_data_type", travel or chosen[0])
         if reduce not in ("fp32", chosen[0]):
             t.note("communication_data_type", travel, f"gradients travel in fp32 or in {chosen[0]}")
             reduce = "fp32"
         why = "communication_data_type" if travel else f"DeepSpeed's default in {chosen[0]}; fp32 would sum exactly"
         t.set("parallel.reduce_dtype", reduce, why)
+
+
+def _dtype(t: Translation, key: str, said: str) -> str:
+    found = _DTYPES.get(said.lower().removeprefix("torch."))
+    if found is None:
+        t.problems.append(f"{key} = {said!r}: must be one of fp32, bf16, fp16")
+    return found or "fp32"
 
 
 def _activation_checkpointing(t: Translation) -> None:

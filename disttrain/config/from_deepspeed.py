@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import json
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from disttrain.config.deepspeed_file import read_object
 from disttrain.config.deepspeed_keys import NO_COUNTERPART, why_not
 from disttrain.config.deepspeed_optimizer import translate_optimizer
 from disttrain.config.deepspeed_run import translate_run
 from disttrain.config.run import RunConfig
-from disttrain.config.toml_text import setting_line, toml_value
+from disttrain.config.toml_text import one_line, setting_line, toml_value
 from disttrain.config.translation import Translation
 from disttrain.errors import UserError
 
@@ -27,7 +26,7 @@ def from_deepspeed(file: Path, overrides: Mapping[str, Any], world: int | None =
     run. `world` is the number of processes, where the batch's arithmetic needs it. Raises UserError for a file that
     cannot be read, numbers that do not multiply, and values that our config refuses.
     """
-    said = dict(_leaves(_read(file)))
+    said = dict(_leaves(read_object(file, str(file))))
     translation = Translation(said, overrides, world)
     translate_run(translation)
     translate_optimizer(translation)
@@ -37,33 +36,8 @@ def from_deepspeed(file: Path, overrides: Mapping[str, Any], world: int | None =
         raise UserError(f"{file}: {problem}" for problem in translation.problems)
     for key, value in overrides.items():
         translation.settings[key] = (value, "override")
-    text = _as_toml(translation, file)
-    _check(text, file)
-    return text
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{file}:{error.lineno}: not valid JSON: {error.msg}; comments and trailing commas, which DeepSpeed reads "
-            "(Hjson), must be taken out"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
-    if not isinstance(table, dict):
-        raise UserError(f"{file}: holds a {type(table).__name__}, not an object of settings")
-    return table
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if twins := sorted({key for key in keys if keys.count(key) > 1}):
-        raise ValueError(f"{', '.join(twins)} is given twice; leave one of them")
-    return dict(pairs)
+    _check(translation, file)
+    return _as_toml(translation, file)
 
 
 def _leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -87,8 +61,18 @@ def _name_the_silent(t: Translation) -> None:
 
 def _name_the_rest(translation: Translation) -> None:
     """Whatever no rule has taken."""
+    sections = {key.rpartition(".")[0] for key in translation.asked if "." in key} | {
+        "optimizer.params",
+        "scheduler.params",
+    }
     for key in list(translation.rest):
         value = translation.rest.pop(key)
+        if key in sections and value in (None, {}):
+            translation.notes.append((key, value, "as here where nothing is said"))
+            continue
+        if key in sections:
+            translation.problems.append(f"{key} = {value!r}: must be an object of settings, {{...}}")
+            continue
         if reason := why_not(key):
             translation.notes.append((key, value, reason))
             continue
@@ -98,7 +82,9 @@ def _name_the_rest(translation: Translation) -> None:
 
 
 def _as_toml(translation: Translation, file: Path) -> str:
-    lines = [f"# What {file.name} says, translated from DeepSpeed; what it does not say has disttrain's defaults."]
+    lines = [
+        f"# What {one_line(file.name)} says, translated from DeepSpeed; what it does not say has disttrain's defaults."
+    ]
     tables: dict[str, list[str]] = {}
     for key, (value, comment) in translation.settings.items():
         table, _, leaf = key.rpartition(".")
@@ -107,7 +93,7 @@ def _as_toml(translation: Translation, file: Path) -> str:
         lines += [f"\n[{table}]" if table else "", *tables[table]]
     if translation.notes:
         lines.append("\n# DeepSpeed's keys that became none of these:")
-        lines += [f"# {key} = {toml_value(value)}: {reason}" for key, value, reason in translation.notes]
+        lines += [one_line(f"# {key} = {toml_value(value)}: {reason}") for key, value, reason in translation.notes]
     return "\n".join(lines) + "\n"
 
 
@@ -118,10 +104,17 @@ def _place(table: str) -> tuple[int, str]:
     return (order.index(section) if section in order else len(order), table)
 
 
-def _check(text: str, file: Path) -> None:
+def _check(translation: Translation, file: Path) -> None:
     """UserError where the values themselves are none that we take."""
+    table: dict[str, Any] = {}
+    for key, (value, _) in translation.settings.items():
+        *way, last = key.split(".")
+        place = table
+        for part in way:
+            place = place.setdefault(part, {})
+        place[last] = value
     try:
-        RunConfig.model_validate(tomllib.loads(text))
+        RunConfig.model_validate(table)
     except ValidationError as error:
         problems = ((".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors())
         raise UserError(

@@ -225,8 +225,8 @@ class DeepSpeedEngine(NativeEngine):
 
     def _receive(self) -> None:
         if self.zero.stage:
+            # Kept until the next step: a rollback loads into them again where the first checkpoint was no good.
             self._rows.dist_write_back()
-            self._rows.forget()
             self._dist_publish()
 
     def _dist_publish(self) -> None:

@@ -97,7 +97,9 @@ def parallel(run: RunRecord) -> str:
     strategy, world = run.setting("parallel.strategy"), run.environment.get("world") or run.setting("train.nproc")
     if not strategy:
         return f.NA
-    return f"{strategy} on {world} {'rank' if world == 1 else 'ranks'}" if world else str(strategy)
+    engine = run.setting("engine")
+    by = f" by {engine}" if engine not in (None, "native") else ""
+    return f"{strategy} on {world} {'rank' if world == 1 else 'ranks'}{by}" if world else f"{strategy}{by}"
 
 
 def peak(run: RunRecord, key: str) -> float | None:

@@ -81,10 +81,9 @@ def _native(config: RunConfig, mesh: DeviceMesh, device: torch.device, probe: No
         device=device,
         probe=probe,
     )
-    # The scale lies where the gradients are.
-    where = torch.device("cpu") if config.parallel.cpu_offload else device
 
     def engine(optimizer: OptimizerSet, safeguards: Safeguards) -> Engine:
+        where = _of_gradients(config, device)
         return NativeEngine(
             gpt, model, optimizer, parallel=config.parallel, device=where, safeguards=safeguards, probe=probe
         )
@@ -103,6 +102,7 @@ def _deepspeed(config: RunConfig, mesh: DeviceMesh, device: torch.device, probe:
     zero = apply_deepspeed(gpt, mesh["dp_shard"], parallel, translated, partial(_whole_gpt, config))
 
     def engine(optimizer: OptimizerSet, safeguards: Safeguards) -> Engine:
+        # The loss scale lies where the gradients are.
         where = torch.device("cpu") if offloads else device
         return DeepSpeedEngine(zero, gpt, optimizer, parallel=parallel, device=where, safeguards=safeguards)
 
@@ -117,11 +117,17 @@ def _accelerate(config: RunConfig, mesh: DeviceMesh, device: torch.device, probe
     prepared = apply_accelerate(gpt, mesh, config.parallel, GPT_PLAN, probe)
 
     def engine(optimizer: OptimizerSet, safeguards: Safeguards) -> Engine:
+        where = _of_gradients(config, device)
         return AccelerateEngine(
-            gpt, prepared, optimizer, parallel=config.parallel, device=device, safeguards=safeguards, probe=probe
+            gpt, prepared, optimizer, parallel=config.parallel, device=where, safeguards=safeguards, probe=probe
         )
 
     return _Placed(gpt, prepared.model, engine)
+
+
+def _of_gradients(config: RunConfig, device: torch.device) -> torch.device:
+    """Where FSDP2 and DDP leave gradients, and so where the loss scale lies."""
+    return torch.device("cpu") if config.parallel.cpu_offload else device
 
 
 def _whole_gpt(config: RunConfig, device: torch.device) -> GPT:

@@ -215,6 +215,19 @@ def test_overrides_win(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 4}}, None, "zero_optimization.stage = 4: must be one of 0, 1, 2, 3"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, None, "both true"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": -1}}}, None, "its translation is refused: optim.lr"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, None]}}}, None, "refused: optim.betas.1"),
+        ({"optimizer": {"type": "a\nb", "params": {"lr": 1}}}, None, "refused: optim.groups.0.custom.algorithm"),
+        ({"optimizer": "AdamW"}, None, "optimizer = 'AdamW': must be an object of settings"),
+        ({"bf16": True}, None, "bf16 = True: must be an object of settings"),
+        (
+            {"bf16": {"enabled": True}, "communication_data_type": "fp64"},
+            None,
+            "'fp64': must be one of fp32, bf16, fp16",
+        ),
+        ('{"gradient_clipping": NaN}', None, "refused: optim.clip_norm: Input should be a finite number"),
+        ('{"gradient_clipping": 1e999}', None, "refused: optim.clip_norm: Input should be a finite number"),
+        ('{"wandb": {"project": "\\ud83d"}}', None, "half of a character"),
+        ("[" * 100_000, None, "nested too deep"),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "disk"}}}, None, "one of none, cpu, nvme"),
     ],
 )
@@ -222,6 +235,30 @@ def test_bad_files_are_refused_in_words(tmp_path: Path, table: object, world: in
     problems = refused(tmp_path, table, world)
     assert len(problems) == 1
     assert words in problems[0]
+
+
+def test_odd_text_stays_where_it_is(tmp_path: Path) -> None:
+    """What would end a comment or a string, or is no character of TOML's escapes, in keys and in values."""
+    table = {
+        "x\nsteps = 5": 1,
+        "scheduler": {"type": "A\n[train]\nsteps = 7"},
+        "wandb": {"project": "\U0001f600\x7f\\"},
+    }
+    config, text = translated(tmp_path, table)
+    assert config.train.steps == 1000
+    assert config.monitor.wandb.project == "\U0001f600\x7f\\"
+    assert "# x\\nsteps = 5 = 1: DeepSpeed 0.19 has no such key" in text
+
+
+def test_types_by_torchs_names(tmp_path: Path) -> None:
+    config, _ = translated(tmp_path, {"torch_autocast": {"enabled": True, "dtype": "torch.float16"}})
+    assert (config.parallel.param_dtype, config.parallel.reduce_dtype) == ("fp16", "fp16")
+
+
+def test_a_scheduler_without_a_type_is_none(tmp_path: Path) -> None:
+    config, text = translated(tmp_path, {"scheduler": {"params": {"warmup_num_steps": 10}}})
+    assert (config.schedule.shape, config.schedule.warmup_steps) == ("constant", 0)
+    assert "# scheduler.params.warmup_num_steps = 10: without scheduler.type DeepSpeed makes no scheduler" in text
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from disttrain.checkpoint.local import LocalStorage
 from disttrain.checkpoint.manager import CheckpointManager
+from disttrain.checkpoint.rollback import roll_back
 from disttrain.config import RunConfig
 from disttrain.distributed.env import Ranks, tell_engines
+from disttrain.testing.bad_numbers import flip_first
 from disttrain.testing.parity import MODELS, rank_batches
 from disttrain.train.build import Training, build_training
 from disttrain.train.preflight import open_config_data
@@ -87,6 +90,48 @@ def move(rank: int, world: int, cache: Path, folder: Path, cases: dict[str, dict
         assert manager.load(parts.engine.state(), info) == []
         parts.engine.loaded()
         found[name] = steps(parts, rank, world, range(10, 20), 2)
+    return found
+
+
+def go_back(rank: int, world: int, cache: Path, folder: Path, cases: dict[str, dict[str, Any]]) -> Any:
+    """A rollback that finds the newest of two checkpoints no good: whether the weights are those of the other one."""
+    found = {}
+    about = {"samples": 0, "tokens": 0, "config": {}, "data": {}, "strategy": ""}
+    for name, settings in cases.items():
+        parts = build(cache, world, rank, settings)
+        manager = CheckpointManager(LocalStorage(folder / name.replace(" ", "-")), 2, "run")
+        kept = []
+        for step in (1, 2):
+            steps(parts, rank, world, range(step, step + 1), 2)
+            kept.append(weights(parts))
+            manager.save(parts.engine.state(), step=step, **about)
+        answers = iter((False, True))
+
+        def good(parts: Training = parts, answers: Iterator[bool] = answers) -> bool:
+            parts.engine.loaded()
+            return next(answers)
+
+        info = roll_back(manager, parts.engine.state(), 3, good)
+        assert info is not None
+        now = weights(parts)
+        found[name] = info.manifest.step, [all(torch.equal(now[key], then[key]) for key in now) for then in kept]
+    return found
+
+
+def flip(rank: int, world: int, cache: Path, cases: dict[str, dict[str, Any]]) -> Any:
+    """What two steps' comparisons of weights see, where a bit of the last rank's first weight turns over in between."""
+    found = {}
+    for name, settings in cases.items():
+        parts = build(cache, world, rank, settings)
+        sums = []
+        for number in range(2):
+            if number == 1 and rank == world - 1:
+                flip_first(next(parts.model.parameters()).detach())
+            batches = rank_batches(number, rank, world, 2)
+            result = train_step(parts.engine, batches, lr_factor=1.0, device=CPU, compare_weights=True)
+            assert result.update.weight_sums is not None
+            sums.append(result.update.weight_sums.tolist())
+        found[name] = sums
     return found
 
 

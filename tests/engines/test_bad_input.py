@@ -103,6 +103,7 @@ def test_a_file_that_says_something_else(config: Path, no_torch: dict[str, str],
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 0.3,
         "bf16": {"enabled": True},
+        "fp16": {"enabled": False, "loss_scale": 128, "initial_scale_power": 12},
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "round_robin_gradients": True},
         "optimizer": {"type": "Adam", "params": {"lr": 1e-4, "betas": [0.9, 0.95]}},
         "scheduler": {"type": "WarmupLR"},
@@ -114,6 +115,7 @@ def test_a_file_that_says_something_else(config: Path, no_torch: dict[str, str],
     expected = [
         ("train_batch_size is 64 there", "train.global_batch_tokens / train.sequence_length is 8 here"),
         ("gradient_clipping is 0.3 there", "optim.clip_norm is 1.0 here"),
+        ("fp16.loss_scale is 128 there", "which follows the gradients, is 0 here"),
         ("zero_optimization.stage is 2 there", "is 1 here"),
         ("zero_optimization.round_robin_gradients", "take it out"),
         ("optimizer.params.lr is 0.0001 there", "optim.lr is 0.0003 here"),
@@ -154,3 +156,34 @@ def test_what_accelerate_launch_says(config: Path) -> None:
     assert list(launcher_problems(replicated, fine, world=2)) == []
     [line] = launcher_problems(replicated, {"ACCELERATE_USE_DEEPSPEED": "true"}, world=2)
     assert "engine = 'deepspeed'" in line
+
+
+def test_what_accelerate_launch_says_of_deepspeed(config: Path, tmp_path: Path) -> None:
+    """Through Accelerate, DeepSpeed: its launcher starts the processes, and must not mean another run."""
+    file = tmp_path / "Ours.json"
+    file.write_text("{}")
+    ours = load_config(config, [*ZERO_1, f"deepspeed.config_file={file}"], world=2).config
+    said = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+        "ACCELERATE_GRADIENT_CLIPPING": "1.0",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file),
+    }
+    assert list(launcher_problems(ours, said, world=2)) == []
+    other = said | {
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme",
+        "ACCELERATE_GRADIENT_CLIPPING": "3.0",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": "theirs.json",
+    }
+    lines = list(launcher_problems(ours, other, world=2))
+    assert len(lines) == 5, lines
+    text = "\n".join(lines)
+    for words in ("STAGE = 2 from accelerate", "CLIPPING = 3.0", "optim.clip_norm is 1.0 here", "theirs.json"):
+        assert words in text
+    native = load_config(config, [], world=2).config
+    assert list(launcher_problems(native, other, world=2)) == []

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.cli.helpers import Ended, checkpoints, disttrain, losses, refused, status
+from tests.cli.helpers import (
+    TRAIN,
+    Ended,
+    checkpoints,
+    disttrain,
+    finish,
+    losses,
+    refused,
+    started,
+    status,
+    wait_for,
+    wait_for_a_step,
+)
 
 pytestmark = [
     pytest.mark.timeout(240),
@@ -78,6 +92,30 @@ def test_tools_read_the_run(folders: tuple[Path, Path, list[Ended]]) -> None:
     assert disttrain("evaluate", moved).code == 0
     assert disttrain("generate", moved, "--prompt", "a", "--tokens", 4).code == 0
     assert disttrain("report", moved).code == 0
+
+
+def test_a_run_that_is_stopped_and_loses_a_rank(config: Path, tmp_path: Path) -> None:
+    """SIGTERM, then SIGKILL of a rank: the losses are those of a run that nobody disturbed, to the bit."""
+    train(config, tmp_path / "undisturbed", *STAGE_3, "train.steps=16")
+    folder = tmp_path / "run"
+    command = (*TRAIN, config, "--nproc", 2, f"run.dir={folder}", *SETTINGS, *STAGE_3)
+    with started(*command, "train.steps=100000") as process:
+        wait_for_a_step(folder, process)
+        process.send_signal(signal.SIGTERM)
+        assert finish(process).code == 75
+    stopped = status(folder)
+    assert stopped["state"] == "preempted"
+    steps = max(16, stopped["step"] + 40)
+    with started(*command, f"train.steps={steps}") as process:
+        wait_for(lambda: max(checkpoints(folder)) > f"step-{stopped['step']:08d}", process)
+        max(psutil.Process(process.pid).children(), key=lambda child: child.pid).kill()
+        ended = finish(process)
+    assert ended.code == 0, ended
+    assert "was killed by SIGKILL" in ended.err
+    assert ended.out.count("starting again from step") == 1
+    assert status(folder) == {"state": "completed", "step": steps}
+    expected = losses(tmp_path / "undisturbed")
+    assert {step: loss for step, loss in losses(folder).items() if step <= 16} == expected
 
 
 def test_a_value_that_deepspeed_refuses(config: Path, tmp_path: Path) -> None:

@@ -137,6 +137,23 @@ def test_a_run_moves_between_engines(engine_pool: RankPool, cache: Path, tmp_pat
                     assert seen == pytest.approx(expected, rel=TOLERANCE, abs=1e-9), (first, name)
 
 
+def test_a_rollback_passes_over_a_checkpoint(engine_pool: RankPool, cache: Path, tmp_path: Path) -> None:
+    cases = {name: ENGINES[name] for name in ("deepspeed stage 2", "deepspeed stage 3", "accelerate fsdp")}
+    job = "tests.engines.jobs:go_back"
+    for rank in engine_pool.run(job, 2, timeout_seconds=240, cache=cache, folder=tmp_path, cases=cases):
+        assert rank == dict.fromkeys(cases, (1, [True, False]))
+
+
+def test_replicas_are_compared(engine_pool: RankPool, cache: Path) -> None:
+    """The weights that DeepSpeed computes with, not the fp32 runs that ranks hold one of each."""
+    cases = {name: ENGINES[name] for name in ("deepspeed stage 1", "deepspeed stage 2")}
+    found = engine_pool.run("tests.engines.jobs:flip", 2, timeout_seconds=240, cache=cache, cases=cases)
+    for name in cases:
+        (good, spoilt), (also_good, other) = (rank[name] for rank in found)
+        assert good == also_good
+        assert [a == b for a, b in zip(spoilt, other, strict=True)] == [False] + [True] * (len(spoilt) - 1)
+
+
 def test_a_bad_step_is_left_out(engine_pool: RankPool, cache: Path) -> None:
     cases = {name: ENGINES[name] for name in list(ENGINES)[2:]}
     found = engine_pool.run("tests.engines.jobs:skip", 2, timeout_seconds=240, cache=cache, cases=cases)

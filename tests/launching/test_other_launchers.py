@@ -33,6 +33,22 @@ def test_accelerate(config: Path, tmp_path: Path) -> None:
     assert "rows over 2" in ended.out
 
 
+def test_deepspeed_through_accelerate(config: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("accelerate") is None or importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("accelerate and deepspeed come with the extras [accelerate,deepspeed]")
+    options = ("--use_deepspeed", "--zero_stage", 2, "--gradient_clipping", 1.0, "--num_processes", 2)
+    command = (sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "disttrain", "train", config)
+    settings = (f"run.dir={tmp_path / 'run'}", "train.steps=3", "engine=deepspeed")
+    env = environment(DS_ACCELERATOR="cpu")
+    ended = run(*command, *settings, "deepspeed.stage=2", env=env)
+    assert ended.code == 0, ended
+    assert status(tmp_path / "run") == {"state": "completed", "step": 3}
+    assert "zero.stage_1_and_2.DeepSpeedZeroOptimizer" in ended.out
+    assert "elements over 2" in ended.out
+    refused = run(*command, *settings, "deepspeed.stage=3", env=env)
+    assert "ZERO_STAGE = 2 from accelerate, the stage of parallel.strategy is 3 here" in refused.err
+
+
 @needs_namespaces
 def test_accelerate_on_two_nodes(config: Path, tmp_path: Path) -> None:
     """The two commands that the head of its config says, on nodes whose names nobody can resolve."""

@@ -16,6 +16,7 @@ from disttrain.report.histogram import step_times
 from disttrain.report.run_files import distinct_labels, read_lines, read_run, read_runs, split_samples
 from disttrain.report.run_record import RunRecord
 from disttrain.report.speed_charts import step_parts
+from disttrain.report.summary import parallel
 from disttrain.report.table import number
 
 
@@ -35,6 +36,14 @@ def test_other_damage_is_said(tmp_path: Path) -> None:
     file.write_bytes(b'{"step": 1}\n{"ste\xff\n[1, 2]\n{"step": 3}\n')
     assert [row["step"] for row in read_lines(file, notes)] == [1, 3]
     assert notes == ["metrics.jsonl: 2 lines are damaged and left out"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"), [("deepspeed", "zero2 on 4 ranks by deepspeed"), ("native", "zero2 on 4 ranks")]
+)
+def test_who_ran_the_step(engine: str, words: str) -> None:
+    config = {"engine": engine, "parallel": {"strategy": "zero2"}}
+    assert parallel(RunRecord(Path("run"), "run", config, [], environment={"world": 4})) == words
 
 
 def test_numbers() -> None:
