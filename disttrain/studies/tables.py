@@ -48,6 +48,8 @@ def verdict(plan: Plan, result: RowResult) -> str:
         return NOTHING
     if not PROTOCOLS[plan.protocol].claims or result.difference is None:
         return "no verdict"
+    if result.difference.interval.count < len(plan.seeds):
+        return "no verdict"  # a seed that failed did so because of the optimizer, perhaps
     return result.difference.verdict
 
 
