@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -98,6 +99,8 @@ def _claim_problems(protocol: Protocol, request: Request, seeds: int) -> list[st
             if protocol == "track3"
             else f"--target is for --protocol track3; {protocol} compares losses at the end"
         )
+    if request.target is not None and not 0 < request.target < math.inf:
+        problems.append(f"--target {request.target:g}: must be a loss above 0")
     fixed = [override for override in request.overrides if override.strip().startswith(FIXED_BY_TRACK)]
     if protocol == "track3" and fixed:
         problems.append(f"{', '.join(fixed)}: track3 fixes data, model and batch; set them in the config, for all")
