@@ -33,6 +33,8 @@ REFUSED = [
     ({"decay_factors": "1"}, "muon: a grid of one weight decay is no search"),
     ({"rates": ("muon=1e-3,2e-3",)}, "rates to try: adamw 5, muon 2; every optimizer gets equally many trials"),
     ({"rates": ("lion=1,2,3,4,5",)}, "--rates: lion is not among --optimizers adamw,muon"),
+    ({"rates": ("muon=1,2", "muon=1,2,3,4,5")}, "--rates: one optimizer is named twice"),
+    ({"rate_factors": ""}, "--rate-factors '': must be numbers with commas between them"),
     ({"rates": ("muon",)}, "--rates 'muon': write it as OPTIMIZER=VALUE,VALUE"),
     ({"rates": ("muon=a,b",)}, "must be numbers with commas between them"),
     ({"rates": ("muon=0,1,2,3,4",)}, "muon: a rate of 0 trains nothing"),
