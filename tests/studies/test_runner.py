@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from disttrain.config import RunConfig
 from disttrain.studies.folder import ComparisonFolder
 from disttrain.studies.plan import Cell, Plan
 from disttrain.studies.runner import StoppedError, claimed
@@ -72,6 +73,23 @@ def test_the_edge_is_judged_in_either_search(tmp_path: Path, search: str) -> Non
     assert "adamw: the best weight decay 0.2 is the smallest of its grid, 0.0040 ahead of 0.4" in of_adamw
     assert of_muon.startswith("muon: the best weight decay 0.2")
     assert not warnings(compared(plan(search=search, decay_factors="0,1,2"), tmp_path / "more", ToyTrainer()))
+
+
+def test_a_run_that_is_killed_resumes_in_the_same_call(tmp_path: Path) -> None:
+    found, train, killed = plan(), ToyTrainer(), list[str]()
+
+    def killed_once(config: RunConfig, log: Path) -> None:
+        if not killed:
+            killed.append(config.run.name)
+            config.run_dir.mkdir(parents=True)
+            (config.run_dir / "status.json").write_text('{"state": "running", "step": 3}')
+            return
+        train(config, log)
+
+    work = runner(found, tmp_path, killed_once)
+    work.run()
+    assert train.trained[0] == killed[0]
+    assert not warnings(summarise(found, work.outcomes, work.failed))
 
 
 def test_beside_an_edge_may_be_what_failed(tmp_path: Path) -> None:
