@@ -43,7 +43,7 @@ def run_config(base: RunConfig, protocol: Protocol, tokens: int, row: Row, cell:
     table["run"] = {"name": cell.name, "dir": folder, "resume": "auto"}
     table["train"] |= {"steps": None, "tokens": tokens, "seed": cell.seed, "global_batch_tokens": batch}
     table["optim"] = optim_section(row.optimizer, cell.rate, cell.decay, base)
-    table["schedule"] |= _schedule(base, row)
+    table["schedule"] |= _schedule(base, tokens, row)
     table["checkpoint"]["keep_last"] = 1
     every = max(1, steps // PROTOCOLS[protocol].evaluations)
     table["monitor"] |= {"evaluate_every": every, "sample_tokens": 0, "bigram_baseline": False, "noise_scale_every": 0}
@@ -56,14 +56,16 @@ def run_config(base: RunConfig, protocol: Protocol, tokens: int, row: Row, cell:
         raise UserError([f"{cell.row}: {_words(detail)}" for detail in error.errors()]) from None
 
 
-def _schedule(base: RunConfig, row: Row) -> dict[str, Any]:
+def _schedule(base: RunConfig, tokens: int, row: Row) -> dict[str, Any]:
     own: dict[str, Any] = {}
     if row.optimizer == "schedule_free_adamw":
         own["shape"] = "constant"  # it averages in place of a decay
     if row.rule is not None:
-        # A warm-up in steps would be as many times longer as the batch is larger.
-        warmup = base.lr_schedules(base.train.batches())[0].warmup_tokens
-        own |= {"warmup_steps": None, "warmup_tokens": warmup, "batch_lr_rule": row.rule}
+        # Warm-up and cooldown in steps would be as many times longer as the batch is larger.
+        train = base.train.model_copy(update={"steps": None, "tokens": tokens})
+        law = base.model_copy(update={"train": train}).lr_schedules(train.batches())[0]
+        own |= {"warmup_steps": None, "warmup_tokens": law.warmup_tokens, "batch_lr_rule": row.rule}
+        own |= {"cooldown_steps": None, "cooldown_tokens": law.cooldown_tokens}
         own["matrix_lr_rule"] = row.rule.removesuffix("_full")
         own["base_batch_tokens"] = base.train.global_batch_tokens
     return own
@@ -109,7 +111,21 @@ def base_problems(base: RunConfig, tokens: int, multiples: set[int]) -> list[str
                 f"--tokens {tokens}: a batch of {batch:,} tokens{times} gives {tokens / batch:.1f} steps; at least "
                 f"{LEAST_STEPS} are needed, that is {LEAST_STEPS * batch:,} tokens"
             )
-    return problems
+    return problems + _unequal_budgets(base, tokens, multiples)
+
+
+def _unequal_budgets(base: RunConfig, tokens: int, multiples: set[int]) -> list[str]:
+    """Runs end with a whole step, so that a larger batch may train beyond the budget."""
+    batch = base.train.global_batch_tokens
+    largest = batch * max(multiples, default=1)
+    trained = -(-tokens // batch) * batch
+    if not trained % largest:
+        return []
+    whole = -(-trained // largest) * largest
+    return [
+        f"budgets differ: --tokens {tokens:,} is {trained / largest:.2f} steps of {largest:,} tokens, which train "
+        f"to the end of the last; set --tokens {whole:,}"
+    ]
 
 
 def ground_of(base: RunConfig, protocol: Protocol, tokens: int, row: Row) -> dict[str, Any]:

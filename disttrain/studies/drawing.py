@@ -16,6 +16,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 _TEXT = 'font-family="sans-serif" font-size="12" fill="#333"'
 _HIGH, _TOP = 300, 34
 _PANEL, _GAP, _LEFT = 380, 66, 58
+_LETTER = 7.0
+"""Width of a letter, rather too wide than too narrow: names are of any length."""
 Points = Sequence[tuple[float, float]]
 
 
@@ -63,8 +65,10 @@ def curves_svg(plan: Plan, results: Sequence[RowResult]) -> str:
         shapes += _panel(lines, across, (left, left + _PANEL), (low, high))
     shapes.append(_label(_LEFT, 18, "validation loss, mean over seeds"))
     width = 2 * _LEFT + 2 * _PANEL + _GAP - 30
-    shapes += _legend([result.row.label for result in results], _TOP + _HIGH + 58, width)
-    rows = -(-len(results) // 4)
+    names = [result.row.label for result in results]
+    columns = max(1, min(4, int((width - _LEFT) / (_wide(names) + 44))))
+    shapes += _legend(names, _TOP + _HIGH + 58, (width - _LEFT) / columns, columns)
+    rows = -(-len(results) // columns)
     return _svg(width, _TOP + _HIGH + 60 + 20 * rows, shapes)
 
 
@@ -102,10 +106,14 @@ def _panel(
     return shapes
 
 
-def _legend(names: Sequence[str], top: float, width: float) -> list[str]:
-    shapes, column = [], (width - _LEFT) / 4
+def _wide(names: Sequence[str]) -> float:
+    return _LETTER * max(map(len, names))
+
+
+def _legend(names: Sequence[str], top: float, column: float, columns: int) -> list[str]:
+    shapes = []
     for index, name in enumerate(names):
-        left, y = _LEFT + column * (index % 4), top + 20 * (index // 4)
+        left, y = _LEFT + column * (index % columns), top + 20 * (index // columns)
         dash = ' stroke-dasharray="6 3"' if index >= len(PALETTE) else ""
         shapes.append(_line((left, y), (left + 22, y), f'stroke="{colour(index)}" stroke-width="3"{dash}'))
         shapes.append(_label(left + 28, y + 4, name))
@@ -124,22 +132,28 @@ def intervals_svg(plan: Plan, results: Sequence[RowResult]) -> str:
     base = results[0].losses
     ends = [v for _, _, found in rows for v in (found.low, found.high, found.mean) if v is not None] + [0.0]
     room = 0.05 * (max(ends) - min(ends) or 1.0)
-    x, bottom = _Axis(min(ends) - room, max(ends) + room, 190, 760), 24 + 30 * len(rows)
+    left = max(190.0, _wide([result.row.label for _, result, _ in rows]) + 20)
+    x, bottom = _Axis(min(ends) - room, max(ends) + room, left, left + 570), 24 + 30 * len(rows)
     shapes = [_label(x(value), bottom + 18, f"{value:+g}" if value else "0", "middle") for value in x.ticks(6)]
     shapes.append(f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="14" y2="{bottom}" stroke="#999" stroke-dasharray="3 3"/>')
     shapes.append(
-        _label(475, bottom + 38, f"loss less {plan.baseline.label}'s: better to the left, worse to the right", "middle")
+        _label(
+            left + 285,
+            bottom + 38,
+            f"loss less {plan.baseline.label}'s: better to the left, worse to the right",
+            "middle",
+        )
     )
     for line, (index, result, found) in enumerate(rows):
         y, ink = 30 + 30 * line, colour(index)
-        shapes.append(_label(180, y + 4, result.row.label, "end"))
+        shapes.append(_label(left - 10, y + 4, result.row.label, "end"))
         if found.low is not None and found.high is not None:
             shapes.append(_line((x(found.low), y), (x(found.high), y), f'stroke="{ink}" stroke-width="3"'))
         for seed, loss in result.losses.items():
             if seed in base and math.isfinite(loss - base[seed]):
                 shapes.append(f'<circle cx="{x(loss - base[seed]):.1f}" cy="{y}" r="3" fill="none" stroke="{ink}"/>')
         shapes.append(f'<circle cx="{x(found.mean):.1f}" cy="{y}" r="5" fill="{ink}"/>')
-    return _svg(800, bottom + 50, shapes)
+    return _svg(left + 610, bottom + 50, shapes)
 
 
 def _line(begin: tuple[float, float], end: tuple[float, float], style: str) -> str:

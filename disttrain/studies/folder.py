@@ -43,7 +43,10 @@ class ComparisonFolder:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"{self.path}: is a file; choose another --folder")
             return
-        if problems := growth_problems(self._stored_plan(), plan):
+        before = self._stored_plan()
+        if not (self.path / "cells").exists():
+            return  # what --plan-only has left; nothing was trained by it
+        if problems := growth_problems(before, plan):
             remedy = f"{self.path} holds another comparison: undo the change, or choose another --folder"
             raise UserError([*problems, remedy])
 

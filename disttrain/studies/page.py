@@ -20,7 +20,10 @@ th, td { text-align: left; padding: 5px 10px; border-bottom: 1px solid #ddd }
 td { font-variant-numeric: tabular-nums; white-space: nowrap } .scroll { overflow-x: auto }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 6px }
 .warning { border-left: 4px solid #D55E00; padding-left: 10px } .note { color: #555 }
-svg { width: 100%; height: auto; max-width: 900px } code { overflow-wrap: anywhere }
+svg { width: 100%; height: auto; min-width: 640px; max-width: 900px } h1, summary, code { overflow-wrap: anywhere }
+@media (prefers-color-scheme: dark) {
+  body { background: #181818; color: #ddd } .note { color: #aaa } th, td { border-color: #444 }
+}
 """
 
 
@@ -35,9 +38,9 @@ def page(plan: Plan, results: Sequence[RowResult], command: str) -> str:
         *(f'<p class="warning">{escape(warning)}</p>' for warning in warnings(results)),
         *(f'<p class="note">{escape(note)}</p>' for note in notes(plan)),
         "<h2>Differences, seed by seed</h2>",
-        intervals_svg(plan, results),
+        _scrolled(intervals_svg(plan, results)),
         "<h2>Curves</h2>",
-        curves_svg(plan, results),
+        _scrolled(curves_svg(plan, results)),
         "<h2>The search</h2>",
         *_searches(results),
         f'<p class="note">Written by disttrain {escape(__version__)}.</p>',
@@ -69,7 +72,12 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]], dots: bool = Fal
             + "".join(f"<td>{dot if not n else ''}{escape(cell)}</td>" for n, cell in enumerate(line))
             + "</tr>\n"
         )
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>'
+    return _scrolled(f"<table><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table>")
+
+
+def _scrolled(inside: str) -> str:
+    """Wider than a phone, and readable there."""
+    return f'<div class="scroll">{inside}</div>'
 
 
 def _document(title: str, body: str) -> str:
@@ -78,6 +86,7 @@ def _document(title: str, body: str) -> str:
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="color-scheme" content="light dark">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
 <style>{_STYLE}</style>

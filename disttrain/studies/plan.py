@@ -73,10 +73,15 @@ class Cell:
     def name(self) -> str:
         """Of its folder; one setting has one name in every comparison."""
         row = re.sub(r"[^A-Za-z0-9._-]+", "-", self.row)
-        return f"{row}-lr{self.rate:g}-wd{self.decay:g}-seed{self.seed}".replace("+", "")
+        return f"{row}-lr{_short(self.rate)}-wd{_short(self.decay)}-seed{self.seed}".replace("+", "")
 
     def __str__(self) -> str:
         return f"{self.row}, lr {self.rate:g}, weight decay {self.decay:g}, seed {self.seed}"
+
+
+def _short(value: float) -> str:
+    """As people write it, unless other values would be written so too."""
+    return short if float(short := f"{value:g}") == value else repr(value)
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,8 @@ class Plan:
                 yield "  {}: lr {}; weight decay {}".format(row.label, *grids)
             else:
                 yield f"  {row.label}: as {self.searched_row(row).label} at its best, batch_lr_rule = {row.rule}"
-        seeds = ", ".join(map(str, self.seeds))
+        few = len(self.seeds) <= 10
+        seeds = ", ".join(map(str, self.seeds)) if few else f"{self.seeds[0]} to {self.seeds[-1]}"
         yield f"stage 2: the best of each on seeds {seeds}, against {self.baseline.label} seed by seed"
         total = self.search_cells + self.final_cells
         yield f"{total} runs: {self.search_cells} to search, {self.final_cells} to compare"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -98,6 +99,8 @@ def _claim_problems(protocol: Protocol, request: Request, seeds: int) -> list[st
             if protocol == "track3"
             else f"--target is for --protocol track3; {protocol} compares losses at the end"
         )
+    if request.target is not None and not 0 < request.target < math.inf:
+        problems.append(f"--target {request.target:g}: must be a loss above 0")
     fixed = [override for override in request.overrides if override.strip().startswith(FIXED_BY_TRACK)]
     if protocol == "track3" and fixed:
         problems.append(f"{', '.join(fixed)}: track3 fixes data, model and batch; set them in the config, for all")
@@ -121,8 +124,8 @@ def _rows(request: Request, base: RunConfig, names: list[str], protocol: Protoco
     rates = _own_grids(request.rates, "--rates", names)
     decays = _own_grids(request.decays, "--decays", names)
     rules = PROTOCOLS[protocol]
-    rate_factors = numbers(request.rate_factors, "--rate-factors") if request.rate_factors else rules.rate_factors
-    decay_factors = numbers(request.decay_factors, "--decay-factors") if request.decay_factors else rules.decay_factors
+    rate_factors = _factors(request.rate_factors, "--rate-factors", rules.rate_factors)
+    decay_factors = _factors(request.decay_factors, "--decay-factors", rules.decay_factors)
     searched = []
     for name in names:
         rate, decay = centre(name, base.optim)
@@ -143,8 +146,15 @@ def _rows(request: Request, base: RunConfig, names: list[str], protocol: Protoco
     return tuple(rows)
 
 
+def _factors(said: str | None, option: str, usual: Grid) -> Grid:
+    return usual if said is None else numbers(said, option)
+
+
 def _own_grids(texts: tuple[str, ...], option: str, names: list[str]) -> dict[str, Grid]:
-    grids = dict(grid_of(text, option) for text in texts)
+    said = [grid_of(text, option) for text in texts]
+    grids = dict(said)
+    if len(grids) < len(said):
+        raise UserError(f"{option}: one optimizer is named twice; give all its values at once, with commas")
     if strangers := [name for name in grids if name not in names]:
         raise UserError(f"{option}: {', '.join(strangers)} is not among --optimizers {','.join(names)}")
     return grids

@@ -1,7 +1,7 @@
 """Training what a plan still lacks, cell by cell; several machines that share the folder share the cells.
 
 A cell is claimed by a lock on a file, which the system takes away from a process that dies. What fails or is killed
-stays for the next call and ends nothing else; here it is tried once.
+stays for the next call and ends nothing else; here it is tried once, and once more where it was killed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from disttrain.config import RunConfig
 from disttrain.errors import UserError
 from disttrain.studies.cells import cell_config
 from disttrain.studies.folder import ComparisonFolder
-from disttrain.studies.outcomes import Outcome, read_outcome
+from disttrain.studies.outcomes import Outcome, read_outcome, state_of
 from disttrain.studies.plan import Cell, Plan
 from disttrain.studies.stages import stages
 
@@ -92,7 +92,9 @@ class Runner:
         place = self.folder.cell(cell)
         outcome = read_outcome(place)  # somebody may have ended it before we got hold of it
         if outcome is None:
-            self.train(cell_config(self.base, self.plan, cell, str(place)), self.folder.log(cell))
+            self._train(cell, place)
+            if state_of(place) == "running" and not self.stopped():
+                self._train(cell, place)  # killed, which says nothing about its rate: it resumes, once
             outcome = read_outcome(place)
         if outcome is not None:
             self.outcomes[cell] = outcome
@@ -102,6 +104,9 @@ class Runner:
             raise StoppedError
         self.failed.add(cell)
         self.say(f"{self._position()} {cell}: failed, {_last_word(self.folder.log(cell))}; see {self.folder.log(cell)}")
+
+    def _train(self, cell: Cell, place: Path) -> None:
+        self.train(cell_config(self.base, self.plan, cell, str(place)), self.folder.log(cell))
 
     def _position(self) -> str:
         total = self.plan.search_cells + self.plan.final_cells

@@ -80,10 +80,11 @@ def _at_edge(name: str, value: float, grid: tuple[float, ...], losses: Mapping[f
     if not at_low_end and value != grid[-1]:
         return ""
     side, neighbour = ("smallest", grid[1]) if at_low_end else ("largest", grid[-2])
-    ahead = losses[neighbour] - losses[value]
+    lead = losses[neighbour] - losses[value]
+    ahead = f"{lead:.4f} ahead of {neighbour:g}" if math.isfinite(lead) else f"and {neighbour:g} failed"
     return (
-        f"the best {name} {value:g} is the {side} of its grid, {ahead:.4f} ahead of {neighbour:g}: the optimum may lie "
-        "beyond, and the row may be better than shown; widen the grid"
+        f"the best {name} {value:g} is the {side} of its grid, {ahead}: the optimum may lie beyond, and the row may be "
+        "better than shown; widen the grid"
     )
 
 

@@ -41,7 +41,8 @@ class Difference:
 
 def interval(values: Sequence[float], confidence: float = CONFIDENCE, comparisons: int = 1) -> Interval:
     """Student's interval of a mean, wide enough for `comparisons` of them to hold together."""
-    mean, count = fmean(values), len(values)
+    count = len(values)
+    mean = fmean(values) if all(map(math.isfinite, values)) else math.nan  # infinities of both signs have no sum
     if count < 2 or not math.isfinite(mean):
         return Interval(mean, None, None, count)
     level = 1 - (1 - confidence) / comparisons

@@ -71,7 +71,7 @@ def _row_result(
         row=row,
         trials=tuple((cell, _finite(losses.get(cell))) for cell in searched),
         best=best_setting(plan, row, losses),
-        warnings=tuple(edge_warnings(plan, row, losses) + _missing(plan, row, finals)),
+        warnings=tuple(edge_warnings(plan, row, losses) + _untried(searched, losses) + _missing(plan, row, finals)),
         losses=ends,
         loss=interval(list(ends.values())) if ends else None,
         difference=None if row == plan.baseline else difference(ends, base_ends, plan.comparisons),
@@ -85,11 +85,22 @@ def _row_result(
     )
 
 
-def _missing(plan: Plan, row: Row, finals: Mapping[int, Outcome]) -> list[str]:
-    gone = [seed for seed in plan.seeds if seed not in finals]
-    if not gone:
+def _untried(searched: Sequence[Cell], losses: Mapping[Cell, float]) -> list[str]:
+    """A trial that diverged is a finding, one that was killed is none; which it was stands in its log."""
+    found = [cell for cell in searched if losses.get(cell) == math.inf]
+    if not found:
         return []
-    return [f"{row.label}: no result for seed {', '.join(map(str, gone))}; the next call tries again"]
+    trials = "; ".join(f"lr {cell.rate:g}, weight decay {cell.decay:g}" for cell in found)
+    return [f"{found[0].row}: counted as worse than any other, since they have no loss: {trials}; see their logs"]
+
+
+def _missing(plan: Plan, row: Row, finals: Mapping[int, Outcome]) -> list[str]:
+    gone = [str(seed) for seed in plan.seeds if seed not in finals]
+    wild = [str(seed) for seed, outcome in finals.items() if not math.isfinite(outcome.loss)]
+    found = [f"{row.label}: no result for seed {', '.join(gone)}; the next call tries again"] if gone else []
+    if wild:
+        found.append(f"{row.label}: the loss at the end is not finite for seed {', '.join(wild)}: no mean, no verdict")
+    return found
 
 
 def tokens_to_baseline(finals: Mapping[int, Outcome], baseline: Mapping[int, Outcome], budget: int) -> float | None:
@@ -99,6 +110,8 @@ def tokens_to_baseline(finals: Mapping[int, Outcome], baseline: Mapping[int, Out
     run with a schedule of its own, so that this is an upper bound.
     """
     seeds = sorted(finals.keys() & baseline.keys())
+    if not all(math.isfinite(baseline[seed].loss) for seed in seeds):
+        return None
     shares = [_reached(finals[seed], baseline[seed].loss) for seed in seeds]
     if not shares or any(share is None for share in shares):
         return None

@@ -48,6 +48,8 @@ def verdict(plan: Plan, result: RowResult) -> str:
         return NOTHING
     if not PROTOCOLS[plan.protocol].claims or result.difference is None:
         return "no verdict"
+    if result.difference.interval.count < len(plan.seeds):
+        return "no verdict"  # a seed that failed did so because of the optimizer, perhaps
     return result.difference.verdict
 
 
@@ -82,12 +84,13 @@ def target(result: RowResult) -> str:
 def notes(plan: Plan) -> list[str]:
     """How to read the table."""
     seeds = len(plan.seeds)
+    together = f" for all {plan.comparisons} together (Bonferroni)" if plan.comparisons > 1 else ""
     lines = [
         f"{plan.tokens:,} tokens a run, a whole schedule each; {plan.trials} trials for every optimizer on seed "
         f"{plan.search_seed} ({'rates first, then decays' if plan.search == 'rate-first' else 'the whole grid'}), then "
         f"{seeds} other {'seed' if seeds == 1 else 'seeds'}. Losses are in nats a token of the validation text.",
         f"Brackets hold {CONFIDENCE:.0%} intervals over seeds: of a row's mean by itself; of the differences seed by "
-        f"seed for all {plan.comparisons} together (Bonferroni), which the verdict goes by.",
+        f"seed{together}, which the verdict goes by.",
         f"Tokens and time to its loss: after what share of {plan.baseline.label}'s the row is where that ends. Step "
         f"time is over {plan.baseline.label}'s; noisy: seeds differ by more than a twentieth.",
     ]

@@ -33,6 +33,8 @@ REFUSED = [
     ({"decay_factors": "1"}, "muon: a grid of one weight decay is no search"),
     ({"rates": ("muon=1e-3,2e-3",)}, "rates to try: adamw 5, muon 2; every optimizer gets equally many trials"),
     ({"rates": ("lion=1,2,3,4,5",)}, "--rates: lion is not among --optimizers adamw,muon"),
+    ({"rates": ("muon=1,2", "muon=1,2,3,4,5")}, "--rates: one optimizer is named twice"),
+    ({"rate_factors": ""}, "--rate-factors '': must be numbers with commas between them"),
     ({"rates": ("muon",)}, "--rates 'muon': write it as OPTIMIZER=VALUE,VALUE"),
     ({"rates": ("muon=a,b",)}, "must be numbers with commas between them"),
     ({"rates": ("muon=0,1,2,3,4",)}, "muon: a rate of 0 trains nothing"),
@@ -43,6 +45,12 @@ REFUSED = [
     ({"protocol": "big"}, "--protocol big: must be one of smoke, small, track3"),
     ({"search": "random"}, "--search random: must be rate-first or grid"),
     ({"protocol": "track3"}, "--protocol track3 counts steps to a validation loss: set --target"),
+    ({"protocol": "track3", "target": float("nan")}, "--target nan: must be a loss above 0"),
+    (
+        {"batch_law": True, "tokens": 33_000},  # 129 steps, or 9 of the largest batch
+        "budgets differ: --tokens 33,000 is 8.06 steps of 4,096 tokens, which train to the end of the last; "
+        "set --tokens 36,864",
+    ),
     ({"target": 3.0}, "--target is for --protocol track3"),
     ({"protocol": "track3", "target": 3.0, "overrides": ("model.d_model=32",)}, "track3 fixes data, model and batch"),
 ]
@@ -132,11 +140,25 @@ def test_batch_law_rows() -> None:
     assert small.schedule.warmup_steps == 4
 
 
+def test_a_larger_batch_warms_up_and_cools_down_over_as_many_tokens() -> None:
+    """Those of a run over the budget, however short the config's own run is."""
+    config = base(train={"steps": 40}, schedule={"shape": "wsd", "warmup_steps": None, "cooldown_steps": 48})
+    found = build_plan(request(None, batch_law=True, tokens=102_400), config)
+    (of_small, of_large) = (
+        run.lr_schedules(run.train.batches())[0]
+        for run in (cell_config(config, found, Cell(label, 1e-3, 0.1, 8), "x") for label in ("adamw", "adamw 16B sqrt"))
+    )
+    assert of_small == of_large
+    assert (of_large.warmup_tokens, of_large.cooldown_tokens) == (25_600, 48 * 256)
+
+
 def test_a_folder_may_grow_and_nothing_else(tmp_path: Path) -> None:
     folder = ComparisonFolder(tmp_path / "there")
     before = plan(tokens=5120)
     folder.check(before)
     folder.write_plan(before, "disttrain compare", 12.0)
+    folder.check(plan("adamw,lion", tokens=7680))  # nothing was trained by what was only looked at
+    (tmp_path / "there" / "cells").mkdir()
     folder.check(plan("adamw,muon,lion", tokens=5120, seeds=5, rate_factors="0.25,0.5,1,2,4,8"))
     for other, problem in (
         (plan(tokens=7680), "budgets differ: --tokens was 5,120, is 7,680"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from disttrain.config import RunConfig
 from disttrain.studies.folder import ComparisonFolder
 from disttrain.studies.plan import Cell, Plan
 from disttrain.studies.runner import StoppedError, claimed
@@ -74,6 +75,29 @@ def test_the_edge_is_judged_in_either_search(tmp_path: Path, search: str) -> Non
     assert not warnings(compared(plan(search=search, decay_factors="0,1,2"), tmp_path / "more", ToyTrainer()))
 
 
+def test_a_run_that_is_killed_resumes_in_the_same_call(tmp_path: Path) -> None:
+    found, train, killed = plan(), ToyTrainer(), list[str]()
+
+    def killed_once(config: RunConfig, log: Path) -> None:
+        if not killed:
+            killed.append(config.run.name)
+            config.run_dir.mkdir(parents=True)
+            (config.run_dir / "status.json").write_text('{"state": "running", "step": 3}')
+            return
+        train(config, log)
+
+    work = runner(found, tmp_path, killed_once)
+    work.run()
+    assert train.trained[0] == killed[0]
+    assert not warnings(summarise(found, work.outcomes, work.failed))
+
+
+def test_beside_an_edge_may_be_what_failed(tmp_path: Path) -> None:
+    train = ToyTrainer("muon-lr8e-06-wd0.1-seed7")
+    lines = warnings(compared(plan(rates=("muon=1e-6,2e-6,4e-6,8e-6,1.6e-5",)), tmp_path, train))
+    assert "muon: the best lr 1.6e-05 is the largest of its grid, and 8e-06 failed: the optimum" in lines[0]
+
+
 def test_what_fails_ends_nothing_and_is_tried_again(tmp_path: Path) -> None:
     found, said = plan(), list[str]()
     bad = ["adamw-lr0.0012-wd0.1-seed7", "muon-lr0.0003-wd0.1-seed9"]
@@ -84,7 +108,11 @@ def test_what_fails_ends_nothing_and_is_tried_again(tmp_path: Path) -> None:
     assert list(results[1].losses) == [8, 10]
     assert results[1].difference is not None
     assert results[1].difference.interval.count == 2
-    assert warnings(results) == ["muon: no result for seed 9; the next call tries again"]
+    assert warnings(results) == [
+        "adamw: counted as worse than any other, since they have no loss: lr 0.0012, weight decay 0.1; see their logs",
+        "muon: no result for seed 9; the next call tries again",
+    ]
+    assert verdict(found, results[1]) == "no verdict"  # of the seeds that were left it would be better
     again = ToyTrainer()
     assert not warnings(compared(found, tmp_path, again))
     assert again.trained == bad

@@ -58,6 +58,12 @@ def test_one_pair_has_no_verdict_and_no_pair_no_difference() -> None:
     assert (one.verdict, one.interval.low, one.interval.count) == ("no verdict", None, 1)
     assert difference({1: 2.0}, {2: 3.0}, 1) is None
     assert interval([3.0, math.inf]).low is None
+    wild = difference({1: math.inf, 2: 3.0}, {1: 3.0, 2: math.inf}, 1)  # infinities of both signs
+    assert wild is not None
+    assert (wild.verdict, wild.interval.low) == ("no verdict", None)
+    same = difference({1: 3.0, 2: 4.0}, {1: 3.0, 2: 4.0}, 1)
+    assert same is not None
+    assert (same.verdict, same.interval.low, same.interval.high) == ("not distinguishable", 0.0, 0.0)
 
 
 def test_nineteen_of_twenty_intervals_hold_the_truth() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,7 +17,7 @@ from disttrain.studies.outcomes import Outcome, read_outcome
 from disttrain.studies.page import page
 from disttrain.studies.plan import Cell
 from disttrain.studies.summary import mean_curve, step_ratio, steps_to_target, summarise, tokens_to_baseline
-from disttrain.studies.tables import cells, header, markdown, notes
+from disttrain.studies.tables import as_json, cells, header, markdown, notes, warnings
 from tests.studies.toys import ToyTrainer, base, plan, runner
 
 
@@ -33,6 +34,7 @@ def test_tokens_to_the_loss_of_the_baseline() -> None:
     assert tokens_to_baseline({1: outcome(4, 2, 1), 2: outcome(5, 4, 3.3)}, baseline, 300) is None
     assert tokens_to_baseline({1: outcome(math.inf, 2, 1)}, baseline, 300) == pytest.approx(200 / 300)
     assert tokens_to_baseline({7: outcome(1)}, baseline, 300) is None
+    assert tokens_to_baseline({1: outcome(4, 2)}, {1: outcome(5, math.inf)}, 300) is None
 
 
 def test_times_are_ratios_by_seed_and_marked_where_seeds_disagree() -> None:
@@ -106,6 +108,41 @@ def test_charts_of_nothing_are_charts() -> None:
         ElementTree.fromstring(svg)
 
 
+def test_runs_that_end_without_a_finite_loss_are_told(tmp_path: Path) -> None:
+    found = plan(seeds=2)
+    work = runner(found, tmp_path, ToyTrainer())
+    work.run()
+    diverged = {("adamw", 8), ("muon", 9)}
+    ends = {cell: outcome for cell, outcome in work.outcomes.items() if (cell.row, cell.seed) in diverged}
+    wild = {cell: replace(outcome, loss=math.inf) for cell, outcome in ends.items()}
+    results = summarise(found, work.outcomes | wild)
+    assert [line.split(": ", 1)[1] for line in warnings(results)] == [
+        f"the loss at the end is not finite for seed {seed}: no mean, no verdict" for seed in (8, 9)
+    ]
+    assert cells(found, results[1])[3:6] == ["–", "–", "no verdict"]
+    json.loads(as_json(found, results, "c"))
+    ElementTree.fromstring(intervals_svg(found, results))
+
+
+def test_names_of_any_length_fit_the_charts(tmp_path: Path) -> None:
+    found = plan(seeds=2)
+    work = runner(found, tmp_path, ToyTrainer())
+    work.run()
+    results = summarise(found, work.outcomes)
+    long = [
+        replace(result, row=replace(result.row, label=50 * name)) for result, name in zip(results, "ab", strict=True)
+    ]
+    for svg in (curves_svg(found, long), intervals_svg(found, long)):
+        chart = ElementTree.fromstring(svg)
+        width = float(chart.attrib["viewBox"].split()[2])
+        for text in (
+            text for text in chart.iter("{http://www.w3.org/2000/svg}text") if text.text in ("a" * 50, "b" * 50)
+        ):
+            at = float(text.attrib["x"])
+            begin = at - 350 if text.attrib["text-anchor"] == "end" else at
+            assert 0 <= begin < begin + 350 <= width
+
+
 def test_an_estimate_grows_with_the_budget() -> None:
     small, large = (estimated_seconds(base(), plan(tokens=tokens)) for tokens in (5120, 512_000_000))
     assert small is not None
@@ -117,4 +154,5 @@ def test_an_estimate_grows_with_the_budget() -> None:
 def test_names_of_cells_are_names_of_runs() -> None:
     cell = Cell("mypkg.module:MyUpdate", 1e20, 1e-5, 3)
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", cell.name)
+    assert replace(cell, rate=0.001).name != replace(cell, rate=0.0010000001).name
     assert str(cell) == "mypkg.module:MyUpdate, lr 1e+20, weight decay 1e-05, seed 3"
