@@ -88,6 +88,21 @@ def commands(gpus: int, scratch: str) -> dict[str, list[str]]:
             "monitor.tensorboard.enabled=true",
         ],
         "its report": [*disttrain, "report", f"{scratch}/run"],
+        **{
+            f"training on {engine}, {strategy}": [
+                *disttrain,
+                "train",
+                "configs/quickstart.toml",
+                "device=cuda",
+                *run,
+                f"run.dir={scratch}/{engine}-{strategy}",
+                f"engine={engine}",
+                f"parallel.strategy={strategy}",
+                "parallel.param_dtype=bf16",
+            ]
+            for engine, strategy in (("deepspeed", "zero2"), ("deepspeed", "fsdp"), ("accelerate", "fsdp"))
+        },
+        "what the doctor sees": [*disttrain, "doctor", "--nproc", str(gpus)],
     }
 
 
