@@ -33,7 +33,6 @@ AGENTS_AGREE_SECONDS = 3.0
 FORKS_ARRIVE_SECONDS = 60.0
 """How long forked ranks wait for each other at most: they have nothing to load, and a fork of a process with threads
 can hang in a lock that one of these held."""
-
 WATCHDOG_FIRST_SECONDS = 10.0
 """How much longer a collective may take than its watchdog lets it: a collective that gives up names nobody."""
 
@@ -51,8 +50,7 @@ def train_command(
         raise UserError(
             f"--nproc {nproc}, but a launcher has started {ranks.local_world} processes here already: leave it out"
         )
-    loaded = load_config(config, overrides or [], world=ranks.world).config
-    code = _join(loaded, ranks)
+    code = _join(load_config(config, overrides or [], world=ranks.world).config, ranks)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not by sys.exit: threads of gloo have been seen to abort a rank in the interpreter's teardown.
