@@ -6,6 +6,8 @@ import json
 import re
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -131,24 +133,32 @@ def test_an_endless_loop_is_named_with_its_place(config: Path, tmp_path: Path) -
     assert "mine.py" in hang["text"]
 
 
-def with_injection(folder: Path, *command: object) -> Command:
+@contextmanager
+def with_injection(folder: Path, *command: object) -> Iterator[Command]:
     """A command whose ranks do what files in `folder` tell them; see `disttrain.testing.injection`."""
-    arguments = [str(part) for part in command]
-    return Command(arguments, folder, environment(FAULTS=str(folder)), ("disttrain.testing.injection:install",))
+    arguments, environ = [str(part) for part in command], environment(FAULTS=str(folder))
+    running = Command(arguments, folder, environ, ("disttrain.testing.injection:install",))
+    try:
+        yield running
+    finally:
+        running.end()
+
+
+def completed(command: Command) -> tuple[str, str]:
+    """What it printed, once it has come to its end without a traceback."""
+    out, err = command.communicate(TIMEOUT_SECONDS)
+    assert command.returncode == 0, (out, err)
+    assert "Traceback" not in err
+    return out, err
 
 
 def test_a_rank_that_hangs_before_the_meeting_is_named_and_all_start_again(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (tmp_path / "absent-1").touch()
     few = ("train.steps=2", "resilience.arrival_timeout_seconds=2")
-    command = with_injection(tmp_path, "train", config, "--nproc", 2, f"run.dir={folder}", *few)
-    try:
-        out, err = command.communicate(TIMEOUT_SECONDS)
-    finally:
-        command.end()
-    assert command.returncode == 0, (out, err)
+    with with_injection(tmp_path, "train", config, "--nproc", 2, f"run.dir={folder}", *few) as command:
+        out, err = completed(command)
     assert re.search(r"error: rank 1 \(\S+\) of 2 has not arrived after 2 s", err)
-    assert "Traceback" not in err
     assert out.count("starting again from the beginning") == 1
     assert status(folder) == {"state": "completed", "step": 2}
 
@@ -157,15 +167,10 @@ def test_a_rank_that_hangs_in_a_save_is_named_before_the_collective_gives_up(con
     folder = tmp_path / "run"
     (tmp_path / "unsaved-1").touch()
     few = ("train.steps=4", "checkpoint.every=2", "resilience.collective_timeout_seconds=5")
-    command = with_injection(tmp_path, "train", config, "--nproc", 2, f"run.dir={folder}", *few)
-    try:
-        out, err = command.communicate(TIMEOUT_SECONDS)
-    finally:
-        command.end()
-    assert command.returncode == 0, (out, err)
+    with with_injection(tmp_path, "train", config, "--nproc", 2, f"run.dir={folder}", *few) as command:
+        completed(command)
     (hang,) = [event["text"] for event in events(folder) if event["kind"] == "hang"]
     assert re.search(r"no progress in step 2 for \d+ s: rank 1 on \S+ \(process \d+\) has entered ", hang)
-    assert "Traceback" not in err
     assert status(folder) == {"state": "completed", "step": 4}
 
 
@@ -173,16 +178,11 @@ def test_flipped_bits_start_the_run_again(config: Path, undisturbed: dict[int, f
     """A weight of one ddp rank changes by itself: the run ends, and goes on from the last checkpoint."""
     folder = tmp_path / "run"
     run = ("train", config, "--nproc", 2, f"run.dir={folder}", *FEW, "parallel.strategy=ddp")
-    command = with_injection(tmp_path, *run, "resilience.compare_replicas_every=5")
-    try:
+    with with_injection(tmp_path, *run, "resilience.compare_replicas_every=5") as command:
         assert wait_until(lambda: len(checkpoints(folder)) > 1, TIMEOUT_SECONDS)
         (tmp_path / "flip-1").touch()
-        out, err = command.communicate(TIMEOUT_SECONDS)
-    finally:
-        command.end()
-    assert command.returncode == 0, (out, err)
+        out, err = completed(command)
     assert re.search(r"error: step \d+: weights that should be equal are not\. rank 0 on \S+, rank 1 on \S+: ", err)
-    assert "Traceback" not in err
     assert out.count("starting again from step") == 1
     assert losses(folder) == pytest.approx(undisturbed, rel=1e-5)  # of fsdp
     assert not (tmp_path / "flip-1").exists()
