@@ -1,5 +1,7 @@
 """Fixtures that every test may use."""
 
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +10,9 @@ import torch
 
 from disttrain.testing import RankPool
 from disttrain.testing.tiny import write_tiny
+
+# Programs that came with the extras (shellcheck, deepspeed), also where the environment is not activated.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
