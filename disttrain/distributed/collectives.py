@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,9 +11,20 @@ from torch import Tensor
 
 def dist_sum_integers(*values: int) -> list[int]:
     """Each value summed over all ranks, exactly, in one all-reduce of CPU tensors (no device has to wait)."""
+    return dist_begin_sum_integers(*values)()
+
+
+def dist_begin_sum_integers(*values: int) -> Callable[[], list[int]]:
+    """The same beside whatever follows: what it gives waits for the sums, and may be called again."""
     total = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(total)
-    return total.tolist()
+    work = dist.all_reduce(total, async_op=True)
+    assert work is not None
+
+    def sums() -> list[int]:
+        work.wait()
+        return total.tolist()
+
+    return sums
 
 
 def dist_all_gather_rows(row: Tensor) -> Tensor:

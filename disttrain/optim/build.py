@@ -20,6 +20,7 @@ from disttrain.optim.matrix_optimizer import MatrixOptimizer
 from disttrain.optim.matrix_split import matrix_problems
 from disttrain.optim.optimizer_set import OptimizerSet
 from disttrain.optim.param_groups import assign_groups
+from disttrain.optim.sharding import local
 from disttrain.optim.state_precision import LowPrecisionStates
 
 Groups = list[dict[str, Any]]
@@ -82,6 +83,8 @@ def _build(groups: Groups, names: Mapping[nn.Parameter, str], seed: int, exchang
     if isinstance(optimizer, torch.optim.SGD | torch.optim.RMSprop | torch.optim.Adam):
         for parameter in (p for group in groups for p in group["params"]):
             optimizer.state[parameter] = _initial_state(parameter, moments, counted=config.algorithm in _COUNTED)
+    if isinstance(optimizer, torch.optim.Adam):
+        _work_on_shards(optimizer)
     dtype: Any = getattr(config, "state_dtype", "parameter")
     return optimizer if dtype == "parameter" else LowPrecisionStates(optimizer, names, moments, dtype, seed)
 
@@ -92,6 +95,20 @@ def _initial_state(parameter: nn.Parameter, moments: tuple[str, ...], counted: b
     return step | {
         key: torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False) for key in moments
     }
+
+
+def _work_on_shards(optimizer: torch.optim.Adam) -> None:
+    """Give it what this rank holds: DTensor would dispatch its lists of tensors at a quarter of the step's time, and
+    keep what it derives of them."""
+    collect = optimizer._init_group
+
+    def collect_shards(group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        complex_numbers = collect(group, *lists)
+        for tensors in lists:
+            tensors[:] = [local(tensor) for tensor in tensors]
+        return complex_numbers
+
+    optimizer._init_group = collect_shards  # type: ignore[method-assign]
 
 
 def _sgd(groups: Groups) -> torch.optim.Optimizer:

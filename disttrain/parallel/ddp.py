@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.parallel.noise_probe import NoiseProbe
 
+BUCKET_MB = 25
+"""torch's own default; said aloud it holds for the first bucket too, which otherwise has 1 MiB."""
 Hook = Callable[[dist.ProcessGroup, dist.GradBucket], torch.futures.Future[Tensor]]
 
 
@@ -22,7 +24,11 @@ def apply_ddp(
     The ranks' parameters must already be equal (`init_parameters` draws the same everywhere), so nothing is broadcast.
     """
     group = mesh["dp_replicate"].get_group()
-    replicated = DistributedDataParallel(model, process_group=group, init_sync=False, gradient_as_bucket_view=True)
+    # torch's small first bucket starts a GPU's network early; gloo would only take the cores that compute once more.
+    cap = BUCKET_MB if mesh.device_type == "cpu" else None
+    replicated = DistributedDataParallel(
+        model, process_group=group, init_sync=False, bucket_cap_mb=cap, gradient_as_bucket_view=True
+    )
     sum_over_replicas(replicated, group, reduce_dtype, probe)
     return replicated
 

@@ -34,16 +34,26 @@ def apply_fsdp(
         fully_shard(block, mesh=axes, reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload)
     # The backward begins with the root's weights: freed after the forward, they would be gathered again at once.
     fully_shard(model, mesh=axes, reshard_after_forward=False, mp_policy=precision, offload_policy=offload)
-    sum_gradients(model, mesh, probe)
+    sum_gradients(model, mesh, probe, late=_nobody_looks(model, config))
 
 
-def sum_gradients(model: nn.Module, mesh: DeviceMesh, probe: NoiseProbe | None = None) -> None:
-    """The loss already carries one over the global token count: FSDP2's own average would divide twice."""
+def sum_gradients(model: nn.Module, mesh: DeviceMesh, probe: NoiseProbe | None = None, late: bool = False) -> None:
+    """The loss already carries one over the global token count: FSDP2's own average would divide twice.
+
+    `late`: on gloo sums may be there only when the backward has ended.
+    """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-    set_collectives(units, on_gloo=mesh.device_type == "cpu", probe=probe)
+    set_collectives(units, on_gloo=mesh.device_type == "cpu", probe=probe, late=late)
+
+
+def _nobody_looks(model: nn.Module, config: ParallelConfig) -> bool:
+    """At sums of gradients before the backward has ended: none to add them to, no replicas, no other type."""
+    once = config.strategy != "hsdp" and not SyncRules.of(config).reduce_each
+    dtype = reduce_dtype(config)
+    return once and all(dtype in (None, parameter.dtype) for parameter in model.parameters())
 
 
 def reduce_dtype(config: ParallelConfig) -> torch.dtype | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,26 +15,49 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 
 from disttrain.parallel.noise_probe import NoiseProbe
 
+NO_TIMEOUT = timedelta(0)
+"""torch's word for that of the process group."""
+
+
+class AllOf(dist.Work):
+    """Done when all of `works` are."""
+
+    def __init__(self, works: Sequence[dist.Work | None]) -> None:
+        super().__init__()
+        self.works = works
+
+    def wait(self, timeout: timedelta = NO_TIMEOUT) -> bool:
+        return all(work.wait(timeout) for work in self.works if work is not None)
+
 
 class BroadcastAllGather(DefaultAllGather):
-    """Each rank broadcasts its piece: the same bytes as gloo's all-gather in a third to two thirds of its time."""
+    """Each rank broadcasts its piece: the same bytes as gloo's all-gather in a third to two thirds of its time.
+
+    Never waits itself: FSDP2 does when it needs the weights, until when a block that is asked for early travels beside
+    the one that computes. To FSDP2 that is what its streams are on a GPU.
+    """
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> None:
+    ) -> dist.Work:
         pieces = output_tensor.chunk(group.size())
         own = pieces[group.rank()]
         if own.data_ptr() != input_tensor.data_ptr():  # FSDP2 gathers in place
             own.copy_(input_tensor)
-        works = [dist.broadcast(p, group=group, group_src=r, async_op=True) for r, p in enumerate(pieces)]
-        for work in works:
-            if work is not None:
-                work.wait()
+        return AllOf([dist.broadcast(p, group=group, group_src=r, async_op=True) for r, p in enumerate(pieces)])
 
 
 class ExchangeReduceScatter(DefaultReduceScatter):
     """Each rank sends the others their pieces and sums its own, in half the bytes: gloo's reduce-scatter is an
-    all-reduce inside."""
+    all-reduce inside.
+
+    `late`: a unit's pieces travel beside the backward of the next one. The sums are there when the next unit begins
+    to reduce, or when the backward ends, and nobody may look at them before.
+    """
+
+    def __init__(self, late: bool = False) -> None:
+        self.late = late
+        self._travelling: tuple[dist.Work, Tensor, Tensor] | None = None
 
     def __call__(
         self,
@@ -45,10 +69,22 @@ class ExchangeReduceScatter(DefaultReduceScatter):
     ) -> Any:
         if op != dist.ReduceOp.SUM:
             return super().__call__(output_tensor, input_tensor, group, op, async_op)
+        self._arrive()
         received = torch.empty_like(input_tensor)
-        dist.all_to_all_single(received, input_tensor, group=group)
-        torch.sum(received.view(group.size(), -1), dim=0, out=output_tensor)
+        work = dist.all_to_all_single(received, input_tensor, group=group, async_op=True)
+        assert work is not None
+        self._travelling = work, received.view(group.size(), -1), output_tensor
+        if self.late:
+            torch.autograd.Variable._execution_engine.queue_callback(self._arrive)
+        else:
+            self._arrive()
         return None
+
+    def _arrive(self) -> None:
+        if self._travelling is not None:
+            (work, pieces, output), self._travelling = self._travelling, None
+            work.wait()
+            torch.sum(pieces, dim=0, out=output)
 
 
 class ProbedReduceScatter(ReduceScatter):
@@ -65,10 +101,16 @@ class ProbedReduceScatter(ReduceScatter):
         return self.inner(output_tensor, input_tensor, *arguments, **named)
 
 
-def set_collectives(units: Sequence[FSDPModule], on_gloo: bool, probe: NoiseProbe | None) -> None:
-    """What each unit gathers and reduces by; `probe` may look at the gradients."""
-    reduce_scatter: ReduceScatter = ExchangeReduceScatter() if on_gloo else DefaultReduceScatter()
+def set_collectives(units: Sequence[FSDPModule], on_gloo: bool, probe: NoiseProbe | None, late: bool = False) -> None:
+    """What each unit gathers and reduces by; `probe` may look at the gradients, and `late` is as above.
+
+    `units` in the order of the forward, which on gloo has the next one gathered while one computes; streams do it on a
+    GPU.
+    """
+    reduce_scatter: ReduceScatter = ExchangeReduceScatter(late) if on_gloo else DefaultReduceScatter()
     for unit in units:
-        if on_gloo:
-            unit.set_custom_all_gather(BroadcastAllGather())
         unit.set_custom_reduce_scatter(ProbedReduceScatter(reduce_scatter, probe) if probe else reduce_scatter)
+    if on_gloo:
+        for unit, following in zip(units, [*units[1:], None], strict=True):
+            unit.set_custom_all_gather(BroadcastAllGather())
+            unit.set_modules_to_forward_prefetch([following] if following else [])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from disttrain.data.loader import IGNORE_LABEL
-from disttrain.distributed.collectives import dist_sum_integers
+from disttrain.distributed.collectives import dist_begin_sum_integers
 from disttrain.engines import Engine, UpdateResult
 
 
@@ -50,7 +50,7 @@ def train_step(
     tokens_of_each = [int((labels != IGNORE_LABEL).sum()) for _, labels in microbatches]
     chunks = engine.begin_step(measure_noise, tokens_of_each, compare_weights)
     lap("data")
-    valid_tokens, stops, savers, chunk_squares = dist_sum_integers(
+    sums = dist_begin_sum_integers(
         sum(tokens_of_each), int(stop_wanted), int(saving), sum(chunk**2 for chunk in chunks)
     )
     lap("communication")
@@ -60,6 +60,8 @@ def train_step(
         last = index == len(microbatches) - 1
         loss = engine.forward(tokens.to(device), labels.to(device), last)
         lap("forward")
+        valid_tokens, stops, savers, chunk_squares = sums()  # has travelled beside the first forward
+        lap("communication")
         engine.backward(loss / max(valid_tokens, 1))
         loss_sum = loss_sum + loss.detach()
         lap("backward")

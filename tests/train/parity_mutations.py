@@ -15,14 +15,14 @@ from disttrain.testing.parity import ParityCase, RecordingEngine, measure_parity
 
 def spoilt_parity(rank: int, world: int, mistake: str, case: ParityCase) -> tuple[float, float]:
     """The errors of a cell whose engine or token count makes `mistake`."""
-    count = disttrain.train.step.dist_sum_integers
+    count = disttrain.train.step.dist_begin_sum_integers
     if mistake == "a wrong token count":
-        disttrain.train.step.dist_sum_integers = lambda *values: [value * world for value in values]
+        disttrain.train.step.dist_begin_sum_integers = lambda *values: lambda: [value * world for value in values]
     try:
         engines = {"a mean in place of a sum": _mean, "a dropped rank": _dropped}
         return measure_parity(rank, world, torch.device("cpu"), case, engines.get(mistake, lambda e: e))
     finally:
-        disttrain.train.step.dist_sum_integers = count
+        disttrain.train.step.dist_begin_sum_integers = count
 
 
 def _mean(engine: RecordingEngine) -> Engine:
