@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -98,12 +99,13 @@ def _initial_state(parameter: nn.Parameter, moments: tuple[str, ...], counted: b
 
 
 def _work_on_shards(optimizer: torch.optim.Adam) -> None:
-    """Give it what this rank holds: DTensor would dispatch its lists of tensors at a quarter of the step's time, and
-    keep what it derives of them."""
-    collect = optimizer._init_group
+    """Give it what this rank holds: DTensor would dispatch its lists of tensors at as much time as small updates take,
+    and keep what it derives of them."""
+    # A proxy, else the optimizer would hold itself, and its state stay after it until the garbage collector comes.
+    collect, itself = type(optimizer)._init_group, weakref.proxy(optimizer)
 
     def collect_shards(group: dict[str, Any], *lists: list[Tensor]) -> bool:
-        complex_numbers = collect(group, *lists)
+        complex_numbers = collect(itself, group, *lists)
         for tensors in lists:
             tensors[:] = [local(tensor) for tensor in tensors]
         return complex_numbers

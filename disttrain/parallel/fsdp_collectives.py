@@ -47,17 +47,30 @@ class BroadcastAllGather(DefaultAllGather):
         return AllOf([dist.broadcast(p, group=group, group_src=r, async_op=True) for r, p in enumerate(pieces)])
 
 
+class Exchange:
+    """The one exchange of a model's units that may be under way."""
+
+    def __init__(self) -> None:
+        self.travelling: tuple[dist.Work, Tensor, Tensor] | None = None
+
+    def arrive(self) -> None:
+        if self.travelling is not None:
+            (work, pieces, output), self.travelling = self.travelling, None
+            work.wait()
+            torch.sum(pieces, dim=0, out=output)
+
+
 class ExchangeReduceScatter(DefaultReduceScatter):
     """Each rank sends the others their pieces and sums its own, in half the bytes: gloo's reduce-scatter is an
     all-reduce inside.
 
     `late`: a unit's pieces travel beside the backward of the next one. The sums are there when the next unit begins
-    to reduce, or when the backward ends, and nobody may look at them before.
+    to reduce, or when the backward ends. Not where FSDP2 looks at them before: it has gradients to add them to, or
+    hooks to call.
     """
 
-    def __init__(self, late: bool = False) -> None:
-        self.late = late
-        self._travelling: tuple[dist.Work, Tensor, Tensor] | None = None
+    def __init__(self, exchange: Exchange, unit: FSDPModule, late: bool = False) -> None:
+        self.exchange, self.unit, self.late = exchange, unit, late
 
     def __call__(
         self,
@@ -69,22 +82,23 @@ class ExchangeReduceScatter(DefaultReduceScatter):
     ) -> Any:
         if op != dist.ReduceOp.SUM:
             return super().__call__(output_tensor, input_tensor, group, op, async_op)
-        self._arrive()
+        self.exchange.arrive()
         received = torch.empty_like(input_tensor)
         work = dist.all_to_all_single(received, input_tensor, group=group, async_op=True)
         assert work is not None
-        self._travelling = work, received.view(group.size(), -1), output_tensor
-        if self.late:
-            torch.autograd.Variable._execution_engine.queue_callback(self._arrive)
+        self.exchange.travelling = work, received.view(group.size(), -1), output_tensor
+        if self.late and not self._looked_at():
+            # Called when the backward has ended, whoever started it.
+            torch.autograd.Variable._execution_engine.queue_callback(self.exchange.arrive)
         else:
-            self._arrive()
+            self.exchange.arrive()
         return None
 
-    def _arrive(self) -> None:
-        if self._travelling is not None:
-            (work, pieces, output), self._travelling = self._travelling, None
-            work.wait()
-            torch.sum(pieces, dim=0, out=output)
+    def _looked_at(self) -> bool:
+        group = self.unit._get_fsdp_state()._fsdp_param_group
+        assert group is not None
+        parameters = [held.sharded_param for held in group.fsdp_params]
+        return any(p.grad is not None or p._post_accumulate_grad_hooks for p in parameters)
 
 
 class ProbedReduceScatter(ReduceScatter):
@@ -104,12 +118,14 @@ class ProbedReduceScatter(ReduceScatter):
 def set_collectives(units: Sequence[FSDPModule], on_gloo: bool, probe: NoiseProbe | None, late: bool = False) -> None:
     """What each unit gathers and reduces by; `probe` may look at the gradients, and `late` is as above.
 
-    `units` in the order of the forward, which on gloo has the next one gathered while one computes; streams do it on a
-    GPU.
+    `units` in the order in which the model has them, best that of its forward: on gloo the next one is gathered while
+    one computes. Streams do it on a GPU.
     """
-    reduce_scatter: ReduceScatter = ExchangeReduceScatter(late) if on_gloo else DefaultReduceScatter()
+    exchange = Exchange()
     for unit in units:
-        unit.set_custom_reduce_scatter(ProbedReduceScatter(reduce_scatter, probe) if probe else reduce_scatter)
+        inner = ExchangeReduceScatter(exchange, unit, late) if on_gloo else DefaultReduceScatter()
+        reduce_scatter: ReduceScatter = ProbedReduceScatter(inner, probe) if probe else inner
+        unit.set_custom_reduce_scatter(reduce_scatter)
     if on_gloo:
         for unit, following in zip(units, [*units[1:], None], strict=True):
             unit.set_custom_all_gather(BroadcastAllGather())

@@ -63,4 +63,6 @@ def parameters_will_change(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            if (group := module._get_fsdp_state()._fsdp_param_group) is not None:
+                group.wait_for_unshard()  # of weights asked for early, by a forward that never came to them
             module.reshard()

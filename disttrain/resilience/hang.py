@@ -37,12 +37,17 @@ def lost_peers(error: BaseException | None) -> bool:
 
 
 def last_collective(record: Mapping[str, Any]) -> tuple[int, str] | None:
-    """From torch's flight record; its own state of a collective is not to be relied on under gloo."""
+    """From torch's flight record; its own state of a collective is not to be relied on under gloo. Each group counts
+    its own collectives; only the sum over a rank's groups can be compared with other ranks'."""
     entries = [entry for entry in record.get("entries", []) if entry.get("collective_seq_id")]
     if not entries:
         return None
     last = max(entries, key=lambda entry: (entry.get("time_created_ns", 0), entry["collective_seq_id"]))
-    return int(last["collective_seq_id"]), str(last.get("profiling_name", "a collective"))
+    entered: dict[str, int] = {}
+    for entry in entries:
+        group = str(entry.get("process_group"))
+        entered[group] = max(entered.get(group, 0), entry["collective_seq_id"])
+    return sum(entered.values()), str(last.get("profiling_name", "a collective"))
 
 
 def read_whereabouts(folder: Path, since: float = 0.0) -> dict[int, Whereabouts]:

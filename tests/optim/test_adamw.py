@@ -1,5 +1,8 @@
 """AdamW in two groups: which parameter is where, and the numbers against torch and against the formulas."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -107,3 +110,13 @@ def test_rates_are_computed_from_the_position() -> None:
     for factor in (0.5, 0.25, 1.0, 0.0):
         set_learning_rate(optimizer, factor)
         assert [group["lr"] for group in optimizer.param_groups] == [factor * 1e-2] * 2
+
+
+def test_it_goes_when_nobody_holds_it() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        inner = weakref.ref(build_optimizer(model(), OPTIM, GPT_PLAN).optimizers[0])
+        assert inner() is None
+    finally:
+        gc.enable()

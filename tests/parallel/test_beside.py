@@ -44,3 +44,22 @@ def test_sums_are_late_only_where_nothing_is_added_to_them(
     pool: RankPool, settings: dict[str, Any], dtype: str, late: bool
 ) -> None:
     assert pool.run(JOBS + "may_be_late", 4, settings=settings, dtype=dtype) == [late] * 4
+
+
+@pytest.mark.parametrize(
+    "settings", [{"strategy": "zero1"}, {"strategy": "fsdp", "grad_accumulation": "unsharded"}], ids=str
+)
+def test_gradients_that_others_add_up_are_waited_for(pool: RankPool, settings: dict[str, Any]) -> None:
+    """A loop of one's own, which calls backward twice and says nothing of microbatches."""
+    assert max(pool.run(JOBS + "accumulated_by_hand", 3, settings=settings)) < 1e-12
+
+
+def test_hooks_of_parameters_see_whole_sums(pool: RankPool) -> None:
+    assert pool.run(JOBS + "seen_by_hooks", 3) == [0.0] * 3
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["skipped", "raised"])
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
+def test_weights_asked_for_early_and_not_used_are_not_kept(pool: RankPool, strategy: str, raises: bool) -> None:
+    """A block that a forward did not come to had its old weights in the next one."""
+    assert pool.run(JOBS + "left_pending", 3, settings={"strategy": strategy}, raises=raises) == [0.0] * 3

@@ -63,6 +63,13 @@ def test_the_last_collective_of_a_flight_record() -> None:
     assert last_collective({}) is None
 
 
+def test_collectives_of_all_groups_count_where_each_group_has_its_own_numbers() -> None:
+    """Under hsdp a rank that slept was ahead of others by the number of its last one alone."""
+    world = {"collective_seq_id": 9, "time_created_ns": 5, "profiling_name": "gloo:all_reduce", "process_group": ["0"]}
+    shards = {"collective_seq_id": 4, "time_created_ns": 8, "profiling_name": "gloo:broadcast", "process_group": ["1"]}
+    assert last_collective({"entries": [world, shards]}) == (13, "gloo:broadcast")
+
+
 def test_files_that_are_torn_are_no_account(tmp_path: Path) -> None:
     (tmp_path / "rank-0.json").write_text(json.dumps(vars(ONE)))
     (tmp_path / "rank-1.json").write_text('{"rank": 1')
