@@ -73,6 +73,7 @@ def _initialize(model: nn.Module, handed: HandedOver, ds_config: dict[str, Any])
     import deepspeed.comm
     import deepspeed.ops
 
+    _check_fp16(deepspeed.accelerator.get_accelerator(), ds_config)
     # An all-reduce for inference within one machine, which training does not call: its build takes minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # It calls collectives by names that newer torches have others for.
@@ -89,6 +90,15 @@ def _initialize(model: nn.Module, handed: HandedOver, ds_config: dict[str, Any])
         ) from error
     log.setLevel(logging.WARNING)
     return engine
+
+
+def _check_fp16(accelerator: Any, ds_config: dict[str, Any]) -> None:
+    """DeepSpeed would end in a ValueError on processors without units for it."""
+    if ds_config.get("fp16", {}).get("enabled") and not accelerator.is_fp16_supported():
+        raise UserError(
+            f"parallel.param_dtype = 'fp16': DeepSpeed does not compute in fp16 on this {accelerator.device_name()}, "
+            "which has no units for it; use bf16, or engine = 'native'"
+        )
 
 
 def _fragments(engine: Any, model: nn.Module, mesh: DeviceMesh) -> dict[str, nn.Parameter]:
