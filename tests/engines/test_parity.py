@@ -102,6 +102,15 @@ def test_our_optimizers_under_other_engines(engine_pool: RankPool, cache: Path, 
     assert compare(found) == {}
 
 
+def test_averaged_weights_are_evaluated(engine_pool: RankPool, cache: Path) -> None:
+    """And training goes on at the others: DeepSpeed gathers small parameters once a step, and believes them new."""
+    cases = {"native": case("native", "ddp", optim=AVERAGED)}
+    cases |= {name: case("deepspeed", name, optim=AVERAGED) for name in ("ddp", "zero1", "zero2", "fsdp")}
+    job = "tests.engines.jobs:evaluate_between"
+    for rank in engine_pool.run(job, 2, timeout_seconds=240, cache=cache, cases=cases):
+        assert rank == {name: pytest.approx(rank["native"], rel=TOLERANCE) for name in cases}
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 1e-2), ("fp16", 2e-3)])
 def test_narrow_types(engine_pool: RankPool, cache: Path, dtype: str, tolerance: float) -> None:
     parallel = {"param_dtype": dtype}
