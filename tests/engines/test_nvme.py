@@ -102,13 +102,13 @@ def test_a_run_stops_and_goes_on(config: Path, on_disk: dict[str, Any], tmp_path
         others = Path(on_disk["nvme_path"]) / "other-run"
         others.mkdir(exist_ok=True)
         for steps in (4, 8):
-            command = (config, "--nproc", 2, f"run.dir={tmp_path / name}", f"train.steps={steps}")
+            command = (config, "--nproc", 2, f"run.dir={tmp_path / f'run-{name}'}", f"train.steps={steps}")
             ended = disttrain("train", *command, *model, *often, *settings)
             assert ended.code == 0, ended
             assert list(Path(on_disk["nvme_path"]).iterdir()) == [others]
-    assert losses(tmp_path / "disk") == losses(tmp_path / "memory")
-    assert status(tmp_path / "disk") == {"state": "completed", "step": 8}
-    given = json.loads((tmp_path / "disk/ds_config.json").read_text())
+    assert losses(tmp_path / "run-disk") == losses(tmp_path / "run-memory")
+    assert status(tmp_path / "run-disk") == {"state": "completed", "step": 8}
+    given = json.loads((tmp_path / "run-disk/ds_config.json").read_text())
     assert Path(given["zero_optimization"]["offload_param"]["nvme_path"]).parent == others.parent
     assert given["aio"] == {"block_size": 1 << 18}
 
