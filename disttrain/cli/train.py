@@ -27,6 +27,7 @@ from disttrain.launching.parent import die_with_parent
 from disttrain.resilience import RestartBudget, StopRequest, heard_signals, lost_peers
 from disttrain.train.folder import RunFolder, State
 from disttrain.train.preflight import PreparedRun, is_complete, prepare_run
+from disttrain.train.swap_disk import swap_space
 
 AGENTS_AGREE_SECONDS = 3.0
 """How long after one agent the last one may learn of a node that comes or goes: each looks ten times a second."""
@@ -67,7 +68,7 @@ def start_run(config: RunConfig) -> int:
         _print_notes(run)
         _forget_old_wishes(folder)
         # From here on a signal is a request to stop, to which the ranks, or we for them, give the answer.
-        with StopRequest() as stop:
+        with StopRequest() as stop, swap_space(config):
             return _answer(folder, _launch(run, stop), stop)
 
 
@@ -147,7 +148,9 @@ def _join(config: RunConfig, ranks: Ranks) -> int:
         if ranks.is_first:
             _print_notes(run)
             _forget_old_wishes(run.folder)
-        state = _run_rank(run, ranks)
+        # Before all ranks meet, and after their last collective.
+        with swap_space(config) if ranks.local_rank == 0 else nullcontext():
+            state = _run_rank(run, ranks)
     if state == "preempted" and ranks.elastic and ranks.world > ranks.local_world:
         # When nodes come or go each agent asks its own ranks to stop, and all ranks stop with the first of them. One
         # that has left before its agent asked would be taken for done, and its node would not start again.

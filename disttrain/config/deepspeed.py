@@ -8,6 +8,7 @@ from typing import Any
 
 from disttrain.config.clipping import Clip, ClipNorm, NoClip
 from disttrain.config.deepspeed_file import read_object
+from disttrain.config.deepspeed_nvme import disk_settings
 from disttrain.config.engines import STAGES
 from disttrain.config.layout import rank_microbatches
 from disttrain.config.run import RunConfig
@@ -18,6 +19,7 @@ AUTO = "auto"
 NEVER = 10**12
 """Elements or steps that nothing reaches."""
 _PASSED_ON = {
+    "aio",
     "wall_clock_breakdown",
     "memory_breakdown",
     "dump_state",
@@ -47,6 +49,8 @@ _PASSED_ON = {
     "zero_optimization.stage3_max_reuse_distance",
 }
 """What decides about speed and memory only, or about what is told."""
+_REUSE = ("zero_optimization.stage3_max_reuse_distance", "zero_optimization.max_reuse_distance")
+_PART = "zero_optimization.sub_group_size"
 _FILLED_IN = {
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
@@ -83,18 +87,18 @@ def ds_config(config: RunConfig, world: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": NEVER,
-        "zero_optimization": _zero(config, stage),
+        "zero_optimization": _zero(config, stage, world),
     }
     if stage and parallel.param_dtype != "fp32":
         translated["data_types"] = {"grad_accum_dtype": "fp32"}
         # The loss comes scaled already.
         scale = {"loss_scale": 1.0} if parallel.param_dtype == "fp16" else {}
         translated[parallel.param_dtype] = {"enabled": True, **scale}
-    passed_on = {key: value for key, value in _file_items(config) if key in _PASSED_ON and value != AUTO}
+    passed_on = {key: value for key, value in _file_items(config) if key in _passed_on(config) and value != AUTO}
     return _with_items(translated, passed_on)
 
 
-def _zero(config: RunConfig, stage: int) -> dict[str, Any]:
+def _zero(config: RunConfig, stage: int, world: int) -> dict[str, Any]:
     section = config.deepspeed
     zero: dict[str, Any] = {"stage": stage}
     if section.offload_optimizer != "none":
@@ -106,9 +110,15 @@ def _zero(config: RunConfig, stage: int) -> dict[str, Any]:
     if stage == 3:
         # One call of the optimizer for all parameters: clipping has to see all gradients together.
         zero["sub_group_size"] = NEVER
-        if section.offload_parameters != "none":
-            zero["offload_param"] = {"device": section.offload_parameters}
+        if section.offload_parameters == "cpu":
+            zero["offload_param"] = {"device": "cpu"}
+        elif section.offload_parameters == "nvme":
+            zero |= disk_settings(config, world)
     return zero
+
+
+def _passed_on(config: RunConfig) -> set[str]:
+    return (_PASSED_ON - set(_REUSE)) | {_PART} if config.deepspeed.offload_parameters == "nvme" else _PASSED_ON
 
 
 def _microbatches(config: RunConfig, world: int) -> tuple[int, int]:
@@ -128,7 +138,7 @@ def file_problems(config: RunConfig, world: int) -> Iterator[str]:
     if str(items.get("optimizer.type")).lower() == "adam" and items.get("optimizer.params.adam_w_mode", True):
         items["optimizer.type"] = "AdamW"  # DeepSpeed's Adam decays so unless it is told otherwise
     for key, value in items.items():
-        if key in _PASSED_ON | _FILLED_IN or value == AUTO:
+        if key in _passed_on(config) | _FILLED_IN or value == AUTO:
             continue
         if key not in ours:
             yield f"{file}: {key} = {value!r}: {_why_not(key)}"
@@ -162,6 +172,8 @@ def in_deepspeeds_words(config: RunConfig, world: int) -> dict[str, tuple[str, A
         "zero_optimization.stage": ("the stage of parallel.strategy", STAGES[config.parallel.strategy]),
         "zero_optimization.offload_optimizer.device": ("deepspeed.offload_optimizer", section.offload_optimizer),
         "zero_optimization.offload_param.device": ("deepspeed.offload_parameters", section.offload_parameters),
+        "zero_optimization.offload_param.nvme_path": ("deepspeed.nvme_path", section.nvme_path),
+        **dict.fromkeys(_REUSE, ("what parameters that are read from a disk have", 0)),
         "fp16.loss_scale": ("the loss scale, which follows the gradients,", 0),
         "data_types.grad_accum_dtype": ("the type that gradients are summed in", "fp32"),
         "optimizer.type": ("the algorithm of group " + first.name, first.algorithm),

@@ -5,7 +5,8 @@ from __future__ import annotations
 REMOVED = "DeepSpeed itself has removed it; it has no counterpart here either"
 ZERO = "zero_optimization"
 _UNITS = "FSDP2 gathers and reduces a block at a time, and overlaps that with computing; there are no buckets to set"
-_NVME = "weights and optimizer state go to host memory at most (parallel.cpu_offload), not to NVMe"
+_NVME = "weights and optimizer state go to host memory at most (parallel.cpu_offload), not to NVMe; under engine = "
+_NVME += '"deepspeed" parameters do (deepspeed.offload_parameters)'
 _SCALE = "the loss scale begins at 65536, halves where a gradient is not finite and doubles after 2,000 good steps"
 _EXPORT = "`disttrain checkpoint export` writes whole weights at any time"
 _RECOMPUTE = "activations that are kept stay on the device, whole"
@@ -125,6 +126,7 @@ NO_COUNTERPART: dict[str, str] = {
     f"{ZERO}.mics_shard_size": 'removed; parallel.strategy = "hsdp" with parallel.dp_shard is the same',
     f"{ZERO}.offload_optimizer": "host memory is pinned, and moved to once a step",
     f"{ZERO}.offload_param": "host memory is pinned, and moved to once a step",
+    f"{ZERO}.offload_param.nvme_path": 'under engine = "deepspeed" it is deepspeed.nvme_path',
     f"{ZERO}.cpu_offload_use_pin_memory": "host memory is pinned",
     f"{ZERO}.save_muon_momentum_buffer_in_memory": _NVME,
     "amp": REMOVED,

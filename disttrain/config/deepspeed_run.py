@@ -13,6 +13,10 @@ STRATEGIES = {
     3: ("fsdp", "a block is gathered at a time"),
 }
 _OFFLOADS = ("offload_optimizer", "offload_param")
+_DISK = {
+    "offload_optimizer": ", under DeepSpeed too (docs/engines.md)",
+    "offload_param": '; under engine = "deepspeed" deepspeed.offload_parameters and deepspeed.nvme_path keep the disk',
+}
 _DTYPES = {
     **{"fp32": "fp32", "float32": "fp32", "float": "fp32"},
     **{"bf16": "bf16", "bfp16": "bf16", "bfloat16": "bf16"},
@@ -128,7 +132,9 @@ def _offload(t: Translation) -> None:
                 f"{name}.device = {device}; weights, gradients and optimizer state together go to host memory{nvme}",
             )
             if device == "nvme":
-                t.note(f"{ZERO}.{name}.device", device, "host memory (parallel.cpu_offload) takes its place")
+                t.note(
+                    f"{ZERO}.{name}.device", device, f"host memory (parallel.cpu_offload) takes its place{_DISK[name]}"
+                )
 
 
 def _precision(t: Translation) -> None:

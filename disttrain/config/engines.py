@@ -29,17 +29,34 @@ class DeepSpeedConfig(Section):
     """Where the optimizer works and keeps its state and the fp32 weights (stages 1 to 3)."""
     offload_parameters: Place = "none"
     """Where parameters wait until they are gathered (stage 3)."""
+    nvme_path: str | None = None
+    """A folder on a fast disk of each machine, for `offload_parameters = "nvme"`."""
     config_file: str | None = None
     """A ds_config.json for what has no setting here; what it says of the rest must agree."""
 
     @model_validator(mode="after")
     def _places(self) -> Self:
-        for name in ("offload_optimizer", "offload_parameters"):
-            if getattr(self, name) == "nvme":
-                raise ValueError(
-                    f"{name} = 'nvme': DeepSpeed swaps to a disk only the state of its own optimizers, and the "
-                    "optimizers here are disttrain's; the nearest is 'cpu'"
-                )
+        if self.offload_optimizer == "nvme":
+            raise ValueError(
+                "offload_optimizer = 'nvme': DeepSpeed then has weights, gradients and state of one part of the "
+                "parameters in memory at a time, and clipping and safeguards here look at all gradients before any "
+                "update; the nearest is 'cpu'"
+            )
+        on_disk = self.offload_parameters == "nvme"
+        if on_disk and self.offload_optimizer != "cpu":
+            raise ValueError(
+                "offload_parameters = 'nvme': the weights go to the disk from the host memory that the optimizer works "
+                "in; set deepspeed.offload_optimizer = 'cpu'"
+            )
+        if on_disk and self.nvme_path is None:
+            raise ValueError(
+                "offload_parameters = 'nvme': nobody says where the disk is; set deepspeed.nvme_path to a folder on it"
+            )
+        if self.nvme_path is not None and not on_disk:
+            raise ValueError(
+                f"nvme_path = {self.nvme_path!r}: nothing goes to a disk; set deepspeed.offload_parameters = 'nvme', "
+                "or leave it out"
+            )
         return self
 
 

@@ -20,6 +20,7 @@ from disttrain.engines.fragments import RowState, fragment, set_gradients, with_
 from disttrain.engines.handed_over import HandedOver
 from disttrain.engines.native import NativeEngine
 from disttrain.engines.protocol import UpdateResult
+from disttrain.engines.swapped import check_buffers, let_go, look_after_disk, write_parameters_as_they_are
 from disttrain.errors import UserError
 from disttrain.optim import GradientNorms, OptimizerSet, Safeguards
 from disttrain.optim.anomaly import Verdict
@@ -52,11 +53,18 @@ def apply_deepspeed(
     DeepSpeed rounds to bf16 and fp16 before it copies the fp32 weights that are trained.
     """
     handed = HandedOver([parameter for parameter in model.parameters() if parameter.requires_grad])
-    stage, dtype = ds_config["zero_optimization"]["stage"], DTYPES[parallel.param_dtype]
+    section, dtype = ds_config["zero_optimization"], DTYPES[parallel.param_dtype]
+    stage, on_disk = section["stage"], section.get("offload_param", {}).get("device") == "nvme"
+    if on_disk:
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        check_buffers(sizes, mesh.size(), (dtype or torch.float32).itemsize, section)
+        write_parameters_as_they_are()
     # Stage 0 leaves weights in fp32 and casts nothing, as DDP.
     engine = _initialize(CastParameters(model, dtype) if dtype and not stage else model, handed, ds_config)
     if stage == 0:
         return ZeroModel(engine, model, handed, mesh, stage)
+    if on_disk:
+        look_after_disk(model, engine.optimizer)
     module = with_fragments(build(torch.device("meta")), _fragments(engine, model, mesh))
     zero = ZeroModel(engine, module, handed, mesh, stage)
     if dtype:
@@ -114,24 +122,24 @@ def _fragments(engine: Any, model: nn.Module, mesh: DeviceMesh) -> dict[str, nn.
 def _runs_of_stages_1_and_2(optimizer: Any, parameter: Any) -> tuple[Tensor, int]:
     mapping = parameter._hp_mapping
     if mapping is None:
-        return _flat_weights(optimizer)[:0], 0
+        return _partitions(optimizer)[0].detach()[:0], 0
     return mapping.hp_fragment, mapping.lp_fragment_address.start
 
 
 def _runs_of_stage_3(optimizer: Any, parameter: Any) -> tuple[Tensor, int]:
     """Every rank has the same number of elements, the last ones padding."""
-    _, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    part, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
     first = min(optimizer._get_param_partition_rank(parameter) * count, parameter.ds_numel)
     held = min(count, parameter.ds_numel - first)
-    return _flat_weights(optimizer)[offset : offset + held], first
+    return _partitions(optimizer)[part].detach()[offset : offset + held], first
 
 
-def _flat_weights(optimizer: Any) -> Tensor:
-    """The one flat fp32 partition: all parameters are in one group, and that is not divided again."""
+def _partitions(optimizer: Any) -> list[Tensor]:
+    """The flat fp32 weights, with their gradients: one tensor, or several where parameters go to a disk in parts."""
     for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
         if hasattr(optimizer, name):
-            (partition,) = getattr(optimizer, name)
-            return partition.detach()
+            partitions: list[Tensor] = getattr(optimizer, name)
+            return partitions
     raise RuntimeError(f"{type(optimizer).__name__} keeps its weights where we do not know")
 
 
@@ -182,11 +190,13 @@ class DeepSpeedEngine(NativeEngine):
         return self.zero.handed.run(self.zero.engine.step, update) or self._left_out()
 
     def _take_gradients(self) -> None:
-        weights = _flat_weights(self.zero.engine.optimizer)
-        ((partition,),) = (group["params"] for group in self.zero.handed.param_groups)
-        runs = [local(parameter) for parameter in self._fragments]
-        offsets = [run.storage_offset() - weights.storage_offset() for run in runs]
-        gradients = [partition.grad[o : o + run.numel()] for o, run in zip(offsets, runs, strict=True)]
+        memory = {tensor.untyped_storage().data_ptr(): tensor for tensor in _partitions(self.zero.engine.optimizer)}
+        gradients = []
+        for run in (local(parameter) for parameter in self._fragments):
+            partition = memory[run.untyped_storage().data_ptr()]
+            offset = run.storage_offset() - partition.storage_offset()
+            assert partition.grad is not None
+            gradients.append(partition.grad[offset : offset + run.numel()])
         set_gradients(self._fragments, gradients)
 
     def _left_out(self) -> UpdateResult:
@@ -245,6 +255,8 @@ class DeepSpeedEngine(NativeEngine):
         if self.zero.stage < 3:
             optimizer.update_lp_params()
             return
-        optimizer._reassign_or_swap_out_partitioned_parameters(0)
+        let_go(optimizer)
+        for part in range(len(_partitions(optimizer))):
+            optimizer._reassign_or_swap_out_partitioned_parameters(part)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

@@ -30,7 +30,8 @@ class HandedOver(torch.optim.Optimizer):
         return self._result
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Of the engine only. Raises RuntimeError for a second call within one step, or one outside of it."""
-        if self._update is None or self._result is not None:
-            raise RuntimeError("the engine has called its optimizer twice in a step, or outside of one")
-        self._result = self._update()
+        """Of the engine only, once for each part that it has cut the parameters into: the first call updates all."""
+        if self._update is None:
+            raise RuntimeError("the engine has called its optimizer outside of a step")
+        if self._result is None:
+            self._result = self._update()

@@ -18,6 +18,7 @@ from disttrain.data.source import Data, check_length, check_token_ids, open_data
 from disttrain.errors import UserError
 from disttrain.train.extras import check_extras
 from disttrain.train.folder import RunFolder
+from disttrain.train.swap_disk import check_swap_disk
 
 _FIXED = ("model.", "train.sequence_length", "train.seed")
 """What a checkpoint's weights and data position depend on: another value is another run."""
@@ -59,6 +60,7 @@ def prepare_run(config: RunConfig) -> PreparedRun:
     """Open the data, settle the vocabulary, and compare with what the run folder already holds; UserError otherwise."""
     started = time.time()
     check_extras(config.monitor, config.engine)
+    check_swap_disk(config)
     if config.parallel.compile and not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError(
             "parallel.compile = true: torch.compile calls a C++ compiler, and neither g++ nor clang++ is on PATH; "

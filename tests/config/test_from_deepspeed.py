@@ -100,6 +100,20 @@ def test_every_key_becomes_one_of_ours_or_is_named(tmp_path: Path) -> None:
     assert {leaf for leaf in leaves(EVERYTHING) if ".".join(leaf.split(".")[-2:]) not in comments} == set()
 
 
+def test_parameters_on_a_disk(tmp_path: Path) -> None:
+    """Our own engine keeps none there, and says which does."""
+    offload = {"device": "nvme", "nvme_path": "/scratch"}
+    table = {"train_batch_size": 8, "zero_optimization": {"stage": 3, "offload_param": offload}}
+    config, text = translated(tmp_path, table)
+    assert config.parallel.cpu_offload
+    [device, path] = [line for line in text.splitlines() if line.startswith("# zero_optimization.offload_param.")]
+    assert "device" in device
+    assert "deepspeed.offload_parameters" in device
+    assert path == (
+        '# zero_optimization.offload_param.nvme_path = "/scratch": under engine = "deepspeed" it is deepspeed.nvme_path'
+    )
+
+
 def test_what_is_unknown_is_named_with_the_nearest(tmp_path: Path) -> None:
     _, text = translated(tmp_path, EVERYTHING)
     assert (

@@ -118,6 +118,20 @@ def go_back(rank: int, world: int, cache: Path, folder: Path, cases: dict[str, d
     return found
 
 
+def evaluate_between(rank: int, world: int, cache: Path, cases: dict[str, dict[str, Any]]) -> Any:
+    """By case: this rank's losses of steps, and of three batches without a backward behind every second one."""
+    found = {}
+    for name, settings in cases.items():
+        parts = build(cache, world, rank, settings)
+        seen = []
+        for first in range(0, 6, 2):
+            seen += [loss for loss, _ in steps(parts, rank, world, range(first, first + 2), 2)]
+            with parts.engine.evaluation_weights(), torch.no_grad():
+                seen += [parts.model(*batch).item() for batch in rank_batches(100, rank, world, 3)]
+        found[name] = seen
+    return found
+
+
 def flip(rank: int, world: int, cache: Path, cases: dict[str, dict[str, Any]]) -> Any:
     """What two steps' comparisons of weights see, where a bit of the last rank's first weight turns over in between."""
     found = {}

@@ -36,7 +36,7 @@ BAD = {
     "heads to clip": ([*ZERO_1, "optim.qk_clip.mode=clip"], ["optim.qk_clip", "rows of heads", "engine = 'native'"]),
     "a disk for our state": (
         ["engine=deepspeed", "deepspeed.stage=3", "deepspeed.offload_optimizer=nvme"],
-        ["offload_optimizer = 'nvme'", "only the state of its own optimizers", "the nearest is 'cpu'"],
+        ["offload_optimizer = 'nvme'", "one part of the parameters in memory at a time", "the nearest is 'cpu'"],
     ),
     "nothing to offload": (
         ["engine=deepspeed", "deepspeed.stage=0", "deepspeed.offload_optimizer=cpu"],

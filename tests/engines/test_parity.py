@@ -103,6 +103,15 @@ def test_our_optimizers_under_other_engines(engine_pool: RankPool, cache: Path, 
     assert compare(found) == {}
 
 
+def test_averaged_weights_are_evaluated(engine_pool: RankPool, cache: Path) -> None:
+    """And training goes on at the others: DeepSpeed gathers small parameters once a step, and believes them new."""
+    cases = {"native": case("native", "ddp", optim=AVERAGED)}
+    cases |= {name: case("deepspeed", name, optim=AVERAGED) for name in ("ddp", "zero1", "zero2", "fsdp")}
+    job = "tests.engines.jobs:evaluate_between"
+    for rank in engine_pool.run(job, 2, timeout_seconds=240, cache=cache, cases=cases):
+        assert rank == {name: pytest.approx(rank["native"], rel=TOLERANCE) for name in cases}
+
+
 ZERO = [("deepspeed", strategy) for strategy in ("zero1", "zero2", "fsdp")]
 needs_fp16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_fp16_supported(),
