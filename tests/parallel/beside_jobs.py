@@ -20,8 +20,6 @@ from disttrain.optim.sharding import local
 from disttrain.parallel import parameters_will_change
 from disttrain.parallel.fsdp import apply_fsdp
 from disttrain.parallel.fsdp_collectives import Exchange, ExchangeReduceScatter
-from disttrain.testing.parity import LENGTH, MODELS
-from disttrain.train.build import build_model
 from tests.parallel.grad_sync_jobs import engine_of, rank_loss, whole_gradients
 
 
@@ -68,17 +66,7 @@ def late_and_punctual(rank: int, world: int) -> tuple[bool, bool, float]:
 
 def may_be_late(rank: int, world: int, settings: dict[str, Any], dtype: str) -> bool:
     """Of a model with weights of `dtype`."""
-    parallel = ParallelConfig(**settings)
-    dims = ParallelDims.resolve(parallel.strategy, parallel.dp_replicate, parallel.dp_shard, world)
-    gpt, _ = build_model(
-        MODELS["gpt2"],
-        max_length=LENGTH,
-        mesh=build_mesh(dims, "cpu"),
-        parallel=parallel,
-        seed=0,
-        device=torch.device("cpu"),
-        dtype=getattr(torch, dtype),
-    )
+    gpt = engine_of(world, settings, getattr(torch, dtype)).module
     found = {
         module._get_fsdp_state()._fsdp_param_group._reduce_scatter_comm.late
         for module in gpt.modules()

@@ -27,7 +27,7 @@ from disttrain.train.step import train_step
 CPU = torch.device("cpu")
 
 
-def engine_of(world: int, settings: dict[str, Any]) -> Keeping:
+def engine_of(world: int, settings: dict[str, Any], dtype: torch.dtype = torch.float64) -> Keeping:
     parallel = ParallelConfig(**settings)
     dims = ParallelDims.resolve(parallel.strategy, parallel.dp_replicate, parallel.dp_shard, world)
     gpt, model = build_model(
@@ -37,7 +37,7 @@ def engine_of(world: int, settings: dict[str, Any]) -> Keeping:
         parallel=parallel,
         seed=0,
         device=CPU,
-        dtype=torch.float64,
+        dtype=dtype,
     )
     optimizer = build_optimizer(gpt, OPTIM, GPT_PLAN)
     return Keeping(gpt, model, optimizer, parallel=parallel, device=CPU)
