@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from disttrain.checkpoint.state import model_state
 from disttrain.config.parallel import ParallelConfig
+from disttrain.engines.deepspeed_start import initialize
 from disttrain.engines.fragments import RowState, fragment, set_gradients, with_fragments
 from disttrain.engines.handed_over import HandedOver
 from disttrain.engines.native import NativeEngine
 from disttrain.engines.protocol import UpdateResult
 from disttrain.engines.swapped import check_buffers, let_go, look_after_disk, write_parameters_as_they_are
-from disttrain.errors import UserError
 from disttrain.optim import GradientNorms, OptimizerSet, Safeguards
 from disttrain.optim.anomaly import Verdict
 from disttrain.optim.sharding import flat, local, world_size
@@ -60,7 +57,7 @@ def apply_deepspeed(
         check_buffers(sizes, mesh.size(), (dtype or torch.float32).itemsize, section)
         write_parameters_as_they_are()
     # Stage 0 leaves weights in fp32 and casts nothing, as DDP.
-    engine = _initialize(CastParameters(model, dtype) if dtype and not stage else model, handed, ds_config)
+    engine = initialize(CastParameters(model, dtype) if dtype and not stage else model, handed, ds_config)
     if stage == 0:
         return ZeroModel(engine, model, handed, mesh, stage)
     if on_disk:
@@ -74,39 +71,6 @@ def apply_deepspeed(
             assert held is not None
             run.copy_(exact[name].detach().reshape(-1)[held.first : held.first + run.numel()])
     return zero
-
-
-def _initialize(model: nn.Module, handed: HandedOver, ds_config: dict[str, Any]) -> Any:
-    import deepspeed
-    import deepspeed.comm
-    import deepspeed.ops
-
-    _check_fp16(deepspeed.accelerator.get_accelerator(), ds_config)
-    # An all-reduce for inference within one machine, which training does not call: its build takes minutes.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It calls collectives by names that newer torches have others for.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    log = logging.getLogger("DeepSpeed")
-    # It would warn of our optimizer, which it does not know, and tell what we have told it.
-    log.setLevel(logging.ERROR)
-    try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=handed, config=ds_config, dist_init_required=False)
-    except ValidationError as error:
-        raise UserError(
-            f"deepspeed.config_file: DeepSpeed refuses {'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})"
-            for e in error.errors()
-        ) from error
-    log.setLevel(logging.WARNING)
-    return engine
-
-
-def _check_fp16(accelerator: Any, ds_config: dict[str, Any]) -> None:
-    """DeepSpeed would end in a ValueError on processors without units for it."""
-    if ds_config.get("fp16", {}).get("enabled") and not accelerator.is_fp16_supported():
-        raise UserError(
-            f"parallel.param_dtype = 'fp16': DeepSpeed does not compute in fp16 on this {accelerator.device_name()}, "
-            "which has no units for it; use bf16, or engine = 'native'"
-        )
 
 
 def _fragments(engine: Any, model: nn.Module, mesh: DeviceMesh) -> dict[str, nn.Parameter]:
@@ -192,7 +156,7 @@ class DeepSpeedEngine(NativeEngine):
     def _take_gradients(self) -> None:
         memory = {tensor.untyped_storage().data_ptr(): tensor for tensor in _partitions(self.zero.engine.optimizer)}
         gradients = []
-        for run in (local(parameter) for parameter in self._fragments):
+        for run in map(local, self._fragments):
             partition = memory[run.untyped_storage().data_ptr()]
             offset = run.storage_offset() - partition.storage_offset()
             assert partition.grad is not None

@@ -193,10 +193,10 @@ def test_what_accelerate_launch_says_of_deepspeed(config: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_fp16_where_deepspeed_does_not_compute_in_it(supported: bool) -> None:
-    from disttrain.engines.deepspeed import _check_fp16
+    from disttrain.engines.deepspeed_start import check_fp16
 
     accelerator = SimpleNamespace(is_fp16_supported=lambda: supported, device_name=lambda: "cpu")
-    _check_fp16(accelerator, {"bf16": {"enabled": True}})
-    context = nullcontext() if supported else pytest.raises(UserError, match=r"fp16 on this cpu, .* use bf16")
+    check_fp16(accelerator, {"bf16": {"enabled": True}})
+    context = nullcontext() if supported else pytest.raises(UserError, match=r"fp16.*on this cpu, .*use bf16")
     with context:
-        _check_fp16(accelerator, {"fp16": {"enabled": True}})
+        check_fp16(accelerator, {"fp16": {"enabled": True}})
