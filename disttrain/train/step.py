@@ -42,7 +42,7 @@ def train_step(
     compare_weights: bool = False,
     lap: Callable[[str], None] = lambda part: None,
 ) -> StepResult:
-    """One optimizer step on this rank's `microbatches` of (tokens, labels) [rows, length], CPU tensors.
+    """One optimizer step on this rank's `microbatches`, one or more, of (tokens, labels) [rows, length], CPU tensors.
 
     The loss is the sum over all tokens of the global batch over their number, whatever the ranks' shares are.
     A batch without any valid token has zero gradients. `lap` is told which part of the step has just ended.
